@@ -1,0 +1,124 @@
+"""The engine's settings: one frozen dataclass, its fields named as the command line's flags.
+
+Built in `launch/`, written once into the run directory as JSON, read by every actor. Owns names, defaults and
+ranges; must not know how an actor uses them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from .errors import InvalidRequest
+
+class SchedulerPolicy(StrEnum):
+    """How the scheduler orders the waiting queue (`scheduler/policies.py`)."""
+
+    FCFS = "fcfs"
+    PRIORITY = "priority"
+    MEMORY_AWARE = "memory-aware"
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine. Raises `InvalidRequest` on construction, naming the field, the value and the range."""
+
+    model: str = ""  # folder, hub name, GGUF file, or "class:NAME" of a registered class; "" is the default model
+    tokenizer: str | None = None  # folder or hub name; None: the model's own
+    skip_tokenizer_init: bool = False  # token ids in, token ids out
+    served_model_name: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    load_format: str = "auto"  # or "dummy": random weights
+    model_classes: dict[str, str] = field(default_factory=dict)  # registered name -> "module:Class" | "file.py:Class"
+    model_config: dict[str, Any] = field(default_factory=dict)  # keyword arguments of a registered class
+
+    dtype: str = "auto"
+    device: str = "auto"  # "cpu", "cuda", "cuda:1"; auto: a GPU if there is one
+    attention_backend: str = "auto"  # "torch", "cpu"
+    max_model_len: int | None = None
+    block_size: int = 16  # tokens in a KV block
+    num_blocks: int | None = None  # None: as many as the memory setting gives
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory: int | None = None  # bytes, CPU only; None: a quarter of what is free
+    threads: int | None = None  # CPU compute threads; None: the cores that the process may use
+    seed: int = 0
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    scheduling_policy: str = "fcfs"
+    run_ahead: int = 2  # steps in flight; 1: the scheduler waits for each result
+    max_num_queued_reqs: int = 10_000  # waiting requests over this are refused with a retry hint
+
+    host: str = "127.0.0.1"
+    port: int | None = 8000  # None: no HTTP server
+    api_key: str | None = None
+    chat_template: str | None = None  # a file's path or the template itself
+    start_timeout: float = 600.0  # seconds until every actor must be ready
+    shutdown_timeout: float = 5.0  # seconds given to running requests at SIGTERM
+    client_endpoint: str | None = None  # a second address for native clients, e.g. tcp://127.0.0.1:5555
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def model_name(self) -> str:
+        """The name that clients use."""
+        return self.served_model_name or self.model
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> EngineConfig:
+        return EngineConfig(**json.loads(text))
+
+    def replace(self, **changes: Any) -> EngineConfig:
+        return dataclasses.replace(self, **changes)
+
+
+def _check(c: EngineConfig) -> None:
+    def within(name: str, low: float, high: float) -> None:
+        value = getattr(c, name)
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise InvalidRequest(f"{name} must be in [{low:g}, {high:g}], got {value!r}", param=name)
+
+    def one_of(name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(c, name) not in allowed:
+            raise InvalidRequest(f"{name} must be one of {', '.join(allowed)}; got {getattr(c, name)!r}", param=name)
+
+    one_of("load_format", ("auto", "dummy"))
+    one_of("dtype", DTYPES)
+    one_of("scheduling_policy", tuple(SchedulerPolicy))
+    one_of("attention_backend", ("auto", "torch", "cpu"))
+    one_of("log_level", ("debug", "info", "warning", "error"))
+    within("max_model_len", 1, 2**24)
+    within("block_size", 1, 4096)
+    within("num_blocks", 2, 2**31 - 1)
+    within("gpu_memory_utilization", 0.01, 1.0)
+    within("kv_cache_memory", 1, 2**50)
+    within("threads", 1, 4096)
+    within("max_num_seqs", 1, 65536)
+    within("max_num_batched_tokens", 1, 2**24)
+    within("run_ahead", 1, 8)
+    within("max_num_queued_reqs", 1, 2**31 - 1)
+    within("port", 0, 65535)
+    within("start_timeout", 1, 86400)
+    within("shutdown_timeout", 0, 86400)
+    if not c.enable_chunked_prefill and c.max_model_len is not None and c.max_num_batched_tokens < c.max_model_len:
+        raise InvalidRequest(
+            f"max_num_batched_tokens must be at least max_model_len ({c.max_model_len}) without chunked prefill, "
+            f"got {c.max_num_batched_tokens}",
+            param="max_num_batched_tokens",
+        )
