@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 from urllib.parse import urlsplit
 
 import zmq
@@ -23,6 +24,11 @@ from .errors import EngineError, ProtocolError, StartupError
 from .messages import Message
 
 LINGER_MS = 1000  # time for last words (Fatal, StreamEnd) to leave before the process does
+
+# As plain integers: on the way of every message the enums' own arithmetic would cost more than the call.
+_NOW = int(zmq.DONTWAIT)
+_NAME = int(zmq.DONTWAIT | zmq.SNDMORE)
+_MORE = int(zmq.RCVMORE)
 
 Received = tuple[str, Message | ProtocolError]
 
@@ -57,9 +63,8 @@ class ZmqSocket:
         frame = encode(message)
         try:
             if self._routes:
-                self.raw.send_multipart((to.encode(), frame), zmq.DONTWAIT)
-            else:
-                self.raw.send(frame, zmq.DONTWAIT)
+                self.raw.send(to.encode(), _NAME)  # a full or absent peer is refused here, not at the frame
+            self.raw.send(frame, _NOW)
         except zmq.Again:
             return False
         except zmq.ZMQError as error:
@@ -70,7 +75,9 @@ class ZmqSocket:
 
     def receive(self) -> Received | None:
         try:
-            frames = self.raw.recv_multipart(zmq.DONTWAIT)
+            frames = [self.raw.recv(_NOW)]
+            while self.raw.getsockopt(_MORE):
+                frames.append(self.raw.recv(_NOW))
         except zmq.Again:
             return None
         # backslashreplace: an identity that is no UTF-8 must still be a name, if only one to refuse
@@ -97,6 +104,9 @@ class Wire:
     def __init__(self) -> None:
         self._context = zmq.Context()
         self._context.linger = LINGER_MS
+        self._sockets: list[zmq.Socket[bytes]] = []  # so that `close` closes them, not the garbage collector
+        self._watched: tuple[ZmqSocket, ...] = ()  # what `_poller` waits on: a loop waits on the same ones each turn
+        self._poller = zmq.Poller()
 
     def bind_router(self, endpoint: str, *, hwm: int) -> ZmqSocket:
         """For an actor that many speak to: replies go by name."""
@@ -129,12 +139,15 @@ class Wire:
         """Give a bound socket a second address."""
         self._bind(socket.raw, endpoint)
 
-    def wait(self, sockets: Sequence[ZmqSocket], timeout: float) -> None:
-        """Sleep until one of `sockets` can be read, or for `timeout` seconds."""
-        poller = zmq.Poller()
-        for socket in sockets:
-            poller.register(socket.raw, zmq.POLLIN)
-        poller.poll(timeout * 1000)
+    def wait(self, sockets: Sequence[ZmqSocket], timeout: float) -> list[ZmqSocket]:
+        """Sleep until one of `sockets` can be read, or for `timeout` seconds. Returns those that can."""
+        if sockets != self._watched:
+            self._watched = tuple(sockets)
+            self._poller = zmq.Poller()
+            for socket in sockets:
+                self._poller.register(socket.raw, zmq.POLLIN)
+        readable = dict(self._poller.poll(math.ceil(timeout * 1000)))
+        return [socket for socket in sockets if socket.raw in readable]
 
     def close(self) -> None:
         """Close everything; waits at most `LINGER_MS` for what is still to be sent."""
@@ -142,6 +155,7 @@ class Wire:
 
     def _socket(self, kind: int, hwm: int) -> zmq.Socket[bytes]:
         raw = self._context.socket(kind)
+        self._sockets.append(raw)
         raw.setsockopt(zmq.SNDHWM, hwm)
         raw.setsockopt(zmq.RCVHWM, hwm)
         raw.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
@@ -184,14 +198,15 @@ class AsyncReader:
         self._loop = asyncio.get_running_loop()
         self._fd = socket.raw.fileno()
         self._closed = False
+        self._due = False  # a drain is already on its way
         self._loop.add_reader(self._fd, self._drain)
-        self._loop.call_soon(self._drain)
+        self._drain_soon()
 
     def send(self, message: Message, to: str = "") -> bool:
         """As `Socket.send`."""
         sent = self._socket.send(message, to)
-        if self._socket.raw.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator]
-            self._loop.call_soon(self._drain)
+        if cast(int, self._socket.raw.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._drain_soon()
         return sent
 
     def close(self) -> None:
@@ -199,12 +214,21 @@ class AsyncReader:
         self._loop.remove_reader(self._fd)
         self._socket.close()
 
+    def _drain_soon(self) -> None:
+        if not self._due:
+            self._due = True
+            self._loop.call_soon(self._drain)
+
     def _drain(self) -> None:
-        for _ in range(self.PORTION):
-            if self._closed:
-                return
-            received = self._socket.receive()
-            if received is None:
-                return
-            self._handler(*received)
-        self._loop.call_soon(self._drain)
+        self._due = False
+        more = True
+        try:
+            for _ in range(self.PORTION):
+                received = None if self._closed else self._socket.receive()
+                if received is None:
+                    more = False
+                    return
+                self._handler(*received)
+        finally:  # also when the handler raises: the descriptor would not speak again of what is still queued
+            if more:
+                self._drain_soon()

@@ -14,6 +14,7 @@ from typing import Any
 
 from .errors import InvalidRequest
 
+
 class SchedulerPolicy(StrEnum):
     """How the scheduler orders the waiting queue (`scheduler/policies.py`)."""
 
@@ -32,40 +33,40 @@ class EngineConfig:
     model: str = ""  # folder, hub name, GGUF file, or "class:NAME" of a registered class; "" is the default model
     tokenizer: str | None = None  # folder or hub name; None: the model's own
     skip_tokenizer_init: bool = False  # token ids in, token ids out
-    served_model_name: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
+    served_model_name: str | None = None  # the name that clients use; None: the model as it was given
+    revision: str | None = None  # branch, tag or commit of a hub model
+    trust_remote_code: bool = False  # run Python code that comes with a checkpoint
     load_format: str = "auto"  # or "dummy": random weights
     model_classes: dict[str, str] = field(default_factory=dict)  # registered name -> "module:Class" | "file.py:Class"
     model_config: dict[str, Any] = field(default_factory=dict)  # keyword arguments of a registered class
 
-    dtype: str = "auto"
+    dtype: str = "auto"  # "float32", "bfloat16", "float16"; auto: as the checkpoint has it
     device: str = "auto"  # "cpu", "cuda", "cuda:1"; auto: a GPU if there is one
     attention_backend: str = "auto"  # "torch", "cpu"
-    max_model_len: int | None = None
+    max_model_len: int | None = None  # tokens of prompt and output; None: what the model can take
     block_size: int = 16  # tokens in a KV block
     num_blocks: int | None = None  # None: as many as the memory setting gives
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: float = 0.9  # share of the GPU memory to use
     kv_cache_memory: int | None = None  # bytes, CPU only; None: a quarter of what is free
     threads: int | None = None  # CPU compute threads; None: the cores that the process may use
-    seed: int = 0
+    seed: int = 0  # of random weights
 
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
-    enable_prefix_caching: bool = True
-    enable_chunked_prefill: bool = True
-    scheduling_policy: str = "fcfs"
+    max_num_seqs: int = 256  # requests that run at a time
+    max_num_batched_tokens: int = 2048  # tokens computed in one step
+    enable_prefix_caching: bool = True  # keep KV blocks for later prompts that begin alike
+    enable_chunked_prefill: bool = True  # split long prompts over several steps
+    scheduling_policy: str = "fcfs"  # order of waiting requests: "fcfs", "priority", "memory-aware"
     run_ahead: int = 2  # steps in flight; 1: the scheduler waits for each result
     max_num_queued_reqs: int = 10_000  # waiting requests over this are refused with a retry hint
 
-    host: str = "127.0.0.1"
+    host: str = "127.0.0.1"  # where the HTTP server listens
     port: int | None = 8000  # None: no HTTP server
-    api_key: str | None = None
+    api_key: str | None = None  # what HTTP clients must send as their bearer token
     chat_template: str | None = None  # a file's path or the template itself
     start_timeout: float = 600.0  # seconds until every actor must be ready
     shutdown_timeout: float = 5.0  # seconds given to running requests at SIGTERM
     client_endpoint: str | None = None  # a second address for native clients, e.g. tcp://127.0.0.1:5555
-    log_level: str = "info"
+    log_level: str = "info"  # "debug", "info", "warning", "error"
 
     def __post_init__(self) -> None:
         _check(self)

@@ -37,9 +37,10 @@ class MemorySocket:
     def receive(self) -> Received | None:
         if not self.queue:
             return None
-        sender, frame = self.queue.popleft()
+        name, frame = self.queue.popleft()
+        sender = name if self._routes else ""
         try:
-            return (sender if self._routes else ""), decode(frame)
+            return sender, decode(frame)
         except ProtocolError as error:
             return sender, error
 

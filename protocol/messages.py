@@ -239,13 +239,18 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenStream:
-    """A sequence was accepted; its tokens will come under `number`. `context_token_ids`: the prompt's last few."""
+    """A sequence was accepted; its tokens will come under `number`. `context_token_ids`: the prompt's last few.
+
+    `prompt_tokens` and `arrival` are for the `StreamEnd` of a stop string, which the detokenizer makes by itself.
+    """
 
     number: int
     frontend: str
     key: int
     params: SamplingParams
     context_token_ids: Int32
+    prompt_tokens: int = 0
+    arrival: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,10 +282,14 @@ class StreamEnd:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamPromptLogprobs:
-    """Prompt log-probabilities of one stream; `top.rows` are positions. A prompt's may come in several parts."""
+    """Prompt log-probabilities of one stream; `top.rows` are positions. A prompt's may come in several parts.
+
+    `texts` are the decoded entries of `top.token_ids`, in parallel: empty until the detokenizer fills them in.
+    """
 
     key: int
     top: TopLogprobs
+    texts: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -147,7 +147,7 @@ def _check(p: SamplingParams) -> None:
             raise InvalidRequest("allowed_token_ids must not be empty", param="allowed_token_ids")
         _token_ids("allowed_token_ids", p.allowed_token_ids)
     _check_logit_bias(p)
-    _integer("output_kind", int(p.output_kind), 0, 2)
+    _integer("output_kind", p.output_kind, 0, 2)
 
 
 def _check_stop(p: SamplingParams) -> None:
@@ -168,8 +168,8 @@ def _check_logit_bias(p: SamplingParams) -> None:
     clean: dict[int, float] = {}
     for key, bias in p.logit_bias.items():
         try:
-            token = int(key)
-        except (TypeError, ValueError):
+            token = int(key) if isinstance(key, str) else key
+        except ValueError:
             raise InvalidRequest(f"logit_bias key must be a token id, got {key!r}", param="logit_bias") from None
         _integer("logit_bias key", token, 0, 2**31 - 1)
         _number("logit_bias value", bias, -100, 100)
