@@ -1,0 +1,237 @@
+"""Puts one step together: decode first, then prompt chunks and admissions in the order of rank.
+
+Owns the plan of a step; must not know results, clients or sockets. A decode row is never looked at by itself: the
+columns say who is ready and who needs a block. Python runs once per growth, chunk, admission or preemption.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..protocol.config import EngineConfig
+from ..protocol.messages import Admit, Step
+from .batch import Batch, InFlight
+from .policies import Policy
+from .preemption import Preemptor, blocks_to_start, usable_hits
+from .request import Request, RequestState
+from .stats import Totals
+from .waiting import WaitingQueue
+
+_NONE = np.empty(0, np.int32)
+
+
+class Verdict(Enum):
+    """What came of an attempt to admit."""
+
+    ADMITTED = 1
+    DEFERRED = 2  # a step in the making computes the very prefix that it needs: next step it is a hit
+    BLOCKED = 3  # no slot, no blocks, or not yet
+
+
+@dataclass(slots=True)
+class Draft:
+    """A step in the making."""
+
+    budget: int
+    admit: list[Admit] = field(default_factory=list)
+    grow_slots: NDArray[Any] = field(default_factory=lambda: _NONE)
+    grow_blocks: list[int] = field(default_factory=list)
+    rows: list[tuple[int, int, bool]] = field(default_factory=list)  # (slot, count, samples) of known tokens
+    fills: list[tuple[int, int, int]] = field(default_factory=list)  # (slot, first, stop) of full blocks
+    filling: set[bytes] = field(default_factory=set)  # their hashes
+
+
+class Planner:
+    """Plans steps for one batch."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        batch: Batch,
+        queue: WaitingQueue,
+        policy: Policy,
+        preemptor: Preemptor,
+        totals: Totals,
+    ) -> None:
+        self._batch = batch
+        self._queue = queue
+        self._policy = policy
+        self._preemptor = preemptor
+        self._max_tokens = config.max_num_batched_tokens
+        self._chunked = config.enable_chunked_prefill
+        self._prefix_caching = config.enable_prefix_caching
+        self._ones = np.ones(batch.table.slots, np.int32)
+        self._totals = totals
+
+    def plan(self, now: float) -> Step | None:
+        """The next step, or None if nothing can be computed now. What it contains counts as sent."""
+        preempted = self._totals.preemptions
+        if self._policy.eager and len(self._queue):
+            self._preemptor.make_room_for_waiting(now)
+            preempted = self._totals.preemptions
+        draft = Draft(self._max_tokens)
+        decode = self._decode_rows(draft, now)
+        if draft.budget and (self._batch.prefilling or len(self._queue)):
+            # who was just pushed out for lack of blocks does not come back in the same step
+            self._fill_budget(draft, admitting=self._totals.preemptions == preempted, now=now)
+        if not len(decode) and not draft.rows:
+            return None
+        return self._finish(draft, decode)
+
+    # ---- decode --------------------------------------------------------------------------------------------------
+
+    def _decode_rows(self, draft: Draft, now: float) -> NDArray[np.int64]:
+        table = self._batch.table
+        ready = table.planned - table.computed == 1
+        ready &= table.planned < table.limit  # what steps in flight will end by length is not run over
+        short = ready & (table.computed >= table.capacity)
+        if short.any():
+            self._grow(draft, ready, short, now)
+        slots = np.flatnonzero(ready)
+        if len(slots) > draft.budget:
+            # more rows than a step may hold: those that have waited longest
+            slots = np.sort(slots[np.argsort(table.last_step[slots], kind="stable")[: draft.budget]])
+        draft.budget -= len(slots)
+        return slots
+
+    def _grow(self, draft: Draft, ready: NDArray[np.bool_], short: NDArray[np.bool_], now: float) -> None:
+        """A block for each row that is `short` of one, if need be from victims; what gets none now sits out."""
+        batch = self._batch
+        slots = np.flatnonzero(short)
+        while len(slots) > batch.pool.available + batch.fenced_blocks:
+            victim = self._preemptor.victim()
+            self._preemptor.preempt(victim, now)
+            ready[victim] = False
+            slots = slots[slots != victim]
+        if len(slots) > batch.pool.available:
+            # blocks of victims come back with the steps in flight
+            order = np.lexsort((batch.table.number[slots], batch.table.rank[slots]))
+            ready[slots[order[batch.pool.available :]]] = False
+            slots = slots[order[: batch.pool.available]]
+        if len(slots):
+            draft.grow_slots, draft.grow_blocks = slots, batch.pool.allocate(len(slots))
+            batch.table.grow(slots, draft.grow_blocks)
+
+    # ---- known tokens: chunks and admissions ---------------------------------------------------------------------
+
+    def _fill_budget(self, draft: Draft, *, admitting: bool, now: float) -> None:
+        table, queue = self._batch.table, self._queue
+        chunks = [table.living(slot) for slot in self._batch.prefilling]
+        chunks.sort(key=lambda request: request.order, reverse=True)
+        deferred: list[Request] = []
+        while draft.budget:
+            # as many deferred as there are slots: a long queue is not walked through for one step
+            waiting = queue.peek() if admitting and len(deferred) < table.slots else None
+            if chunks and (waiting is None or chunks[-1].order < waiting.order):
+                self._chunk(draft, chunks.pop().slot)
+            elif waiting is None:
+                break
+            else:
+                verdict = self._admit(draft, waiting, now)
+                if verdict is Verdict.BLOCKED:
+                    admitting = False
+                elif verdict is Verdict.DEFERRED:
+                    deferred.append(queue.pop())
+        for request in deferred:
+            queue.push(request)
+
+    def _admit(self, draft: Draft, request: Request, now: float) -> Verdict:
+        batch = self._batch
+        if not batch.free_slots:
+            return Verdict.BLOCKED
+        hits = usable_hits(batch, request)
+        known, cached = len(request.tokens), len(hits) * batch.block_size
+        if not self._chunked and known - cached > draft.budget:
+            return Verdict.BLOCKED
+        may_hit_more = request.takes_prefix_hits and known - 1 >= cached + batch.block_size
+        if draft.filling and may_hit_more and request.hashes[len(hits)] in draft.filling:
+            return Verdict.DEFERRED
+        need = blocks_to_start(batch, request, hits)
+        if need > batch.pool.available or not self._policy.admits(request, need, batch):
+            return Verdict.BLOCKED
+        self._queue.pop()
+        slot = batch.seat(request, hits, cached)
+        request.move(RequestState.RUNNING, now)
+        if not request.preemptions:
+            request.first_scheduled = now
+            request.cached_tokens = cached
+            self._totals.prompt_tokens += request.num_prompt
+            if self._prefix_caching and request.takes_prefix_hits:
+                self._totals.prefix_queries += request.num_prompt
+                self._totals.prefix_hits += cached
+        draft.admit.append(
+            Admit(
+                slot=slot,
+                token_ids=request.tokens,
+                num_prompt=request.num_prompt,
+                params=request.params,
+                seed=request.seed,
+                block_ids=batch.table.blocks[slot, : -(-known // batch.block_size)].copy(),
+                cached_len=cached,
+                stop_token_ids=request.stop_token_ids,
+            )
+        )
+        self._chunk(draft, slot)
+        return Verdict.ADMITTED
+
+    def _chunk(self, draft: Draft, slot: int) -> None:
+        """Give a slot as many of its known tokens as the budget has room for."""
+        table, size = self._batch.table, self._batch.block_size
+        start, known = int(table.computed[slot]), int(table.planned[slot])
+        count = min(known - start, draft.budget)
+        draft.budget -= count
+        draft.rows.append((slot, count, start + count == known))
+        # one that is left with a single token is an ordinary decode row from the next step on
+        if known - start - count > 1:
+            self._batch.prefilling[slot] = None
+        else:
+            self._batch.prefilling.pop(slot, None)
+        first, stop = start // size, (start + count) // size
+        if self._prefix_caching and stop > first:
+            draft.fills.append((slot, first, stop))
+            draft.filling.update(table.living(slot).hashes[first:stop])
+
+    # ---- the message ---------------------------------------------------------------------------------------------
+
+    def _finish(self, draft: Draft, decode: NDArray[np.int64]) -> Step:
+        batch, table = self._batch, self._batch.table
+        number = batch.last_sent + 1
+        slots, counts, sampled = decode, self._ones[: len(decode)], decode
+        if draft.rows:
+            rows = sorted(draft.rows, key=lambda row: row[1] > 1)  # stable: rows of one token first
+            slots = np.concatenate((decode, np.array([row[0] for row in rows], np.int64)))
+            counts = np.concatenate((counts, np.array([row[1] for row in rows], np.int32)))
+            sampled = np.concatenate((decode, np.array([row[0] for row in rows if row[2]], np.int64)))
+        table.computed[slots] += counts
+        table.planned[sampled] += 1
+        leases = table.lease[slots]
+        record = InFlight(
+            number=number,
+            slots=slots,
+            leases=leases,
+            sampled=sampled,
+            sampled_leases=leases if sampled is slots else table.lease[sampled],
+        )
+        if draft.admit:
+            seated = [admit.slot for admit in draft.admit]
+            record.admitted.extend(zip(seated, table.lease[seated].tolist(), strict=True))
+        for slot, first, stop in draft.fills:
+            record.registered.extend(batch.register(slot, first, stop))
+        batch.sent(record)
+        self._totals.steps += 1
+        self._totals.scheduled_tokens += self._max_tokens - draft.budget
+        retire, batch.retiring = batch.retiring, []
+        return Step(
+            number=number,
+            retire=np.array(retire, np.int32) if retire else _NONE,
+            admit=tuple(draft.admit),
+            grow_slots=draft.grow_slots.astype(np.int32) if draft.grow_blocks else _NONE,
+            grow_blocks=np.array(draft.grow_blocks, np.int32) if draft.grow_blocks else _NONE,
+            work_slots=slots.astype(np.int32),
+            work_counts=counts,
+        )

@@ -1,0 +1,111 @@
+"""Who is thrown out when blocks or slots are short: preemption by recompute.
+
+A victim gives its slot and blocks back and waits again, in its old place; it keeps every token that was said, and
+what steps in flight sample for it is thrown away (sampling by (seed, position) gives the same tokens again). Owns
+the choice of victims; must not know how a step is put together.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .batch import Batch
+from .policies import Policy
+from .prefix import extend_hashes
+from .request import Request, RequestState
+from .stats import Totals
+from .waiting import WaitingQueue
+
+
+def usable_hits(batch: Batch, request: Request) -> list[int]:
+    """Blocks that hold the start of `request` already; never all of it, its last token is to be computed."""
+    if not request.takes_prefix_hits or not request.hashes:
+        return []
+    return batch.prefix.lookup(request.hashes[: (len(request.tokens) - 1) // batch.block_size])
+
+
+def blocks_to_start(batch: Batch, request: Request, hits: list[int]) -> int:
+    """Blocks to take from the pool for `request` to start and say a token: a first growth is counted in, so that
+    it is not thrown out in the very next step."""
+    computed = min(len(request.tokens) + 1, request.limit - 1)
+    refs = batch.pool.refs
+    unused = sum(1 for block in hits if not refs[block]) if hits else 0
+    return -(-computed // batch.block_size) - len(hits) + unused
+
+
+class Preemptor:
+    """Moves running requests back to the queue."""
+
+    def __init__(
+        self, batch: Batch, queue: WaitingQueue, policy: Policy, totals: Totals, *, prefix_caching: bool
+    ) -> None:
+        self._batch = batch
+        self._queue = queue
+        self._policy = policy
+        self._prefix_caching = prefix_caching
+        self._totals = totals
+
+    def preempt(self, slot: int, now: float) -> None:
+        """Take the slot and the blocks from its request, and put that back into the queue."""
+        batch = self._batch
+        request = batch.table.requests[slot]
+        if request is None:
+            return
+        request.tokens = batch.table.known_tokens(slot)
+        if self._prefix_caching:
+            extend_hashes(request.hashes, request.tokens, batch.block_size, request.cache_salt)
+        batch.leave(slot)
+        request.preemptions += 1
+        request.move(RequestState.PREEMPTED, now)
+        self._queue.push(request)
+        self._totals.preemptions += 1
+
+    def victim(self) -> int:
+        """The slot of the running request that stands last; one that was just resumed only if there is no other.
+        There must be a running request."""
+        return self._worst_first()[0]
+
+    def make_room_for_waiting(self, now: float) -> None:
+        """With an eager policy: push out running requests that the first in the queue outrank, if those can't
+        start otherwise and can then. Blocks that steps in flight still name come a step later."""
+        queue, batch = self._queue, self._batch
+        slots, blocks = len(batch.free_slots), batch.pool.available + batch.fenced_blocks
+        seen: list[Request] = []
+        while (request := queue.peek()) is not None:
+            seen.append(queue.pop())
+            need = blocks_to_start(batch, request, usable_hits(batch, request))
+            if slots < 1 or blocks < need:
+                victims, freed = self._enough_victims(request, need - blocks, slots < 1)
+                if not victims:
+                    break
+                for slot in victims:
+                    self.preempt(slot, now)
+                slots += len(victims)
+                blocks += freed
+            slots -= 1
+            blocks -= need
+        for request in seen:
+            queue.push(request)
+
+    def _enough_victims(self, request: Request, blocks: int, slot_wanted: bool) -> tuple[list[int], int]:
+        """Slots that `request` outranks and that together give `blocks` and, if wanted, a slot; with the blocks."""
+        batch, chosen, freed = self._batch, [], 0
+        if not batch.num_running or request.rank > float(batch.table.rank[batch.table.lease > 0].max()):
+            return [], 0
+        for slot in self._worst_first():
+            if not self._policy.outranks(request, batch.table.living(slot)):
+                continue
+            chosen.append(slot)
+            freed += sum(1 for block in batch.table.blocks_of(slot) if batch.pool.refs[block] == 1)
+            if freed >= blocks:
+                return chosen, freed
+        return [], 0
+
+    def _worst_first(self) -> list[int]:
+        table = self._batch.table
+        slots = np.flatnonzero(table.lease)
+        # just resumed: nothing new said since
+        protected = table.length[slots] <= table.protected_until[slots]
+        order = np.lexsort((-table.number[slots], -table.rank[slots], protected))
+        worst: list[int] = slots[order].tolist()
+        return worst
