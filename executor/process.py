@@ -1,0 +1,123 @@
+"""The executor actor's shell: steps in, results out, beats on the control link.
+
+Owns the two data links and the order in which steps are launched and awaited; must not know models, tensors or how a
+step is computed. torch is imported inside `run`, after the hello, so that its import is seen as a phase of the start.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from ..protocol.actor import Control
+from ..protocol.channel import Wire, ZmqSocket
+from ..protocol.config import EngineConfig
+from ..protocol.endpoints import Endpoints
+from ..protocol.errors import ProtocolError
+from ..protocol.messages import ExecutorReady, Message, Step
+
+if TYPE_CHECKING:
+    import torch
+
+    from .runner import Pending, Runner
+
+log = logging.getLogger(__name__)
+
+LINK_HWM = 64  # the scheduler keeps at most `run_ahead` steps in flight, so neither queue ever fills
+IDLE_SECONDS = 0.5  # how long an idle executor sleeps between two looks at the clock
+
+
+def run(
+    config: EngineConfig,
+    endpoints: Endpoints,
+    wire: Wire,
+    control: Control,
+    model: torch.nn.Module | None = None,
+) -> None:
+    """Load the model, say so, and run steps until told to stop.
+
+    `model`: a live module to serve instead of `config.model`; then this runs on a thread of the caller's process.
+    Raises `StartupError` where the engine can't start as configured, `EngineError` where it can't go on.
+    """
+    began = time.perf_counter()
+    steps = wire.bind_pull(endpoints.steps, hwm=LINK_HWM)
+    results = wire.push(endpoints.results, hwm=LINK_HWM)
+    control.progress("importing torch")
+    import torch
+
+    from .startup import start
+
+    imported = time.perf_counter() - began
+    with torch.inference_mode():
+        engine = start(config, control.progress, model)
+        loop = StepLoop(engine.runner, steps, results, wire, control, depth=engine.depth)
+        loop.send(ExecutorReady(info=engine.info))
+        control.ready(import_seconds=round(imported, 2), **engine.facts)
+        loop.run()
+
+
+class StepLoop:
+    """Launches steps as they come and sends their results in order, with at most `depth` steps under way.
+
+    A GPU works on its own, so step N+1 is launched behind N before N is awaited. A CPU computes inside `launch`.
+    """
+
+    def __init__(
+        self, runner: Runner, steps: ZmqSocket, results: ZmqSocket, wire: Wire, control: Control, depth: int
+    ) -> None:
+        self._runner = runner
+        self._steps = steps
+        self._results = results
+        self._wire = wire
+        self._control = control
+        self._watched = (steps, control.socket)
+        self._depth = depth
+        self._pending: deque[Pending] = deque()
+        self._outbox: deque[Message] = deque()
+
+    def run(self) -> None:
+        """Until `Shutdown`; what was launched before it is still answered."""
+        while True:
+            if self._control.turn() is not None:
+                while self._pending:
+                    self._finish_oldest()
+                return
+            self._flush()
+            if len(self._pending) < self._depth and (step := self._next_step()) is not None:
+                self._pending.append(self._runner.launch(step))
+            elif self._pending and self._must_finish():
+                self._finish_oldest()
+            elif not self._pending:
+                self._wire.wait(self._watched, IDLE_SECONDS)
+
+    def send(self, message: Message) -> None:
+        """Send on the results link; what it does not take now stays, in order."""
+        self._outbox.append(message)
+        self._flush()
+
+    def _must_finish(self) -> bool:
+        """Whether there is nothing better to do than to answer the oldest step. While the device is busy with it,
+        another step may still come and be launched behind it."""
+        return len(self._pending) == self._depth or self._pending[0].done()
+
+    def _finish_oldest(self) -> None:
+        self.send(self._pending.popleft().finish())
+
+    def _next_step(self) -> Step | None:
+        received = self._steps.receive()
+        if received is None:
+            return None
+        message = received[1]
+        if isinstance(message, Step):
+            return message
+        if isinstance(message, ProtocolError):
+            log.error("a frame on the steps link can't be read: %s", message)
+        else:
+            log.error("the steps link carried a %s", type(message).__name__)
+        return None
+
+    def _flush(self) -> None:
+        while self._outbox and self._results.send(self._outbox[0]):
+            self._outbox.popleft()

@@ -1,0 +1,297 @@
+"""One step of the engine on the device: from a `Step` to a `StepResult`.
+
+Owns the order of a step (apply, lay out, forward, sample) and what is waited for when: `launch` enqueues all of it
+and waits for nothing, so that a GPU gets step N+1 while N runs; `Pending.finish` waits and reads. Must not know
+sockets or how models compute.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..protocol.errors import EngineError
+from ..protocol.messages import PromptLogprobs, RowFailed, Step, StepResult
+from .backends.base import StepBatch
+from .batch import PersistentBatch, Work
+from .kv_cache import KVCache
+from .layout import Int, Pass, lay_out, passes
+from .logprobs import TopTensors, on_wire, top_logprobs
+from .models.base import Model
+from .sampler import Sampled, Sampler
+from .transfer import Mark, Transfer
+
+log = logging.getLogger(__name__)
+
+PROMPT_LOGITS_BYTES = 128 << 20  # of float32 logits that a pass keeps for prompt logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPart:
+    """Log-probabilities of some prompt tokens of one slot."""
+
+    slot: int
+    positions: Int
+    tokens: Tensor  # [N] int64
+    alternatives: int
+    top: TopTensors
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What the passes of a step have left on the device so far."""
+
+    sampled_rows: list[Int] = field(default_factory=list)  # indexes into the step's work, parallel to `logits`
+    logits: list[Tensor] = field(default_factory=list)
+    prompts: list[PromptPart] = field(default_factory=list)
+    failed: dict[int, str] = field(default_factory=dict)  # by index into the step's work
+
+
+class Pending:
+    """A step on its way through the device."""
+
+    def __init__(
+        self,
+        number: int,
+        slots: Int,
+        sampled: Sampled | None,
+        logprob_rows: Int | None,
+        logprob_counts: Int | None,
+        prompts: list[PromptPart],
+        failed: list[RowFailed],
+        started: Mark,
+        transfer: Transfer,
+    ) -> None:
+        self._number = number
+        self._slots = slots
+        self._failed = failed
+        self._started = started
+        self._logprob_rows = logprob_rows
+        self._logprob_counts = logprob_counts
+        self._tokens = transfer.down(sampled.tokens) if sampled else None
+        self._best = transfer.down(sampled.best) if sampled else None
+        self._top = sampled.logprobs.down(transfer) if sampled and sampled.logprobs else None
+        self._prompts = [
+            PromptPart(p.slot, p.positions, transfer.down(p.tokens), p.alternatives, p.top.down(transfer))
+            for p in prompts
+        ]
+        self._ended = transfer.mark()
+
+    def done(self) -> bool:
+        """Whether `finish` would return at once."""
+        return self._ended.done()
+
+    def finish(self) -> StepResult:
+        """Wait for the device and say what it sampled."""
+        self._ended.wait()
+        seconds = self._ended.seconds_since(self._started)
+        prompts = tuple(
+            PromptLogprobs(
+                slot=p.slot,
+                top=on_wire(p.top, p.tokens.numpy(), p.positions, np.full(len(p.positions), p.alternatives)),
+            )
+            for p in self._prompts
+        )
+        if self._tokens is None or self._best is None:
+            empty = np.empty(0, np.int32)
+            return StepResult(
+                number=self._number,
+                slots=empty,
+                tokens=empty,
+                prompt_logprobs=prompts,
+                failed=tuple(self._failed),
+                seconds=seconds,
+            )
+        tokens, best, slots = self._tokens.numpy(), self._best.numpy(), self._slots
+        good = np.isfinite(best)
+        logprobs = None
+        if self._top is not None and self._logprob_rows is not None and self._logprob_counts is not None:
+            rows, counts, top = self._logprob_rows, self._logprob_counts, self._top
+            if not good.all():
+                kept = good[rows]
+                which = torch.from_numpy(kept)
+                top = TopTensors(top.own[which], top.ranks[which], top.ids[which], top.values[which])
+                rows, counts = rows[kept], counts[kept]
+            logprobs = on_wire(top, tokens[rows], (np.cumsum(good) - 1)[rows], counts)
+        if not good.all():
+            for slot, value in zip(slots[~good].tolist(), best[~good].tolist(), strict=True):
+                message = f"the model's logits are not finite: the largest is {value}"
+                self._failed.append(RowFailed(slot=slot, message=message))
+            tokens, slots = tokens[good], slots[good]
+        return StepResult(
+            number=self._number,
+            slots=slots.astype(np.int32),
+            tokens=tokens.astype(np.int32),
+            logprobs=logprobs,
+            prompt_logprobs=prompts,
+            failed=tuple(self._failed),
+            seconds=seconds,
+        )
+
+
+class Runner:
+    """Runs steps on one device. Not thread-safe; every call in the same thread, under `torch.inference_mode`."""
+
+    def __init__(self, model: Model, batch: PersistentBatch, kv: KVCache, transfer: Transfer) -> None:
+        self.batch = batch
+        self._model = model
+        self._kv = kv
+        self._transfer = transfer
+        self._sampler = Sampler(transfer)
+        self._prompt_limit = max(64, PROMPT_LOGITS_BYTES // (4 * model.spec.vocab_size))
+
+    def launch(self, step: Step) -> Pending:
+        """Enqueue all of `step`. Raises `EngineError` for a step that contradicts the batch, and where the device
+        itself is at its end (out of memory, lost)."""
+        started = self._transfer.mark()
+        batch = self.batch
+        if len(step.copy_from):
+            self._kv.copy_blocks(*self._transfer.up(step.copy_from.astype(np.int64), step.copy_to.astype(np.int64)))
+        batch.apply(step)
+        failed = []
+        if batch.failed:
+            hopeless = [s for s in step.work_slots.tolist() if s in batch.failed]
+            failed = [RowFailed(slot=slot, message=batch.failed[slot]) for slot in hopeless]
+        work = batch.take_work(step)
+        outcome = _Outcome()
+        for part in self._passes(work):
+            self._run_or_isolate(part, work, outcome)
+        for row, message in outcome.failed.items():
+            slot = int(work.slots[row])
+            batch.failed[slot] = message
+            failed.append(RowFailed(slot=slot, message=message))
+        if not outcome.logits:
+            return Pending(step.number, work.slots, None, None, None, outcome.prompts, failed, started, self._transfer)
+        rows = outcome.sampled_rows[0] if len(outcome.sampled_rows) == 1 else np.concatenate(outcome.sampled_rows)
+        logits = outcome.logits[0] if len(outcome.logits) == 1 else torch.cat(outcome.logits)
+        slots, lengths = work.slots[rows], work.lengths[rows]
+        wants = batch.sampling.rows(slots, lengths, batch.num_prompt[slots])
+        sampled = self._sampler.sample(logits, wants, batch.token_ids)
+        (where,) = self._transfer.up(slots * batch.row_tokens + lengths)
+        batch.write_sampled(where, sampled.tokens)
+        return Pending(
+            step.number,
+            slots,
+            sampled,
+            wants.logprob_rows,
+            wants.logprob_counts,
+            outcome.prompts,
+            failed,
+            started,
+            self._transfer,
+        )
+
+    def _passes(self, work: Work) -> list[Pass]:
+        """How the step goes through the model; nothing for a step without work."""
+        batch = self.batch
+        asked = batch.sampling.prompt_logprobs[work.slots] >= 0
+        if self._model.spec.recompute:
+            # Every known token of the rows that reach their end, and no keys kept in between.
+            rows = np.flatnonzero(work.samples)
+            lengths = work.lengths[rows]
+            first = asked[rows] & (lengths == batch.num_prompt[work.slots[rows]])
+            kept = np.where(first, lengths - 1, 0)
+            whole = Pass(rows, work.slots[rows], np.zeros_like(lengths), lengths, work.samples[rows], kept)
+            return [whole] if len(rows) else []
+        if not len(work.slots):
+            return []
+        kept = np.zeros_like(work.counts)
+        if asked.any():
+            inside = np.minimum(work.starts + work.counts, batch.num_prompt[work.slots] - 1) - work.starts
+            kept = np.where(asked, np.maximum(inside, 0), 0)
+        return list(passes(work.slots, work.starts, work.counts, work.samples, kept, self._prompt_limit))
+
+    def _run_or_isolate(self, part: Pass, work: Work, outcome: _Outcome) -> None:
+        """Run a pass; where the model raises, run each of its rows alone, so that only the guilty ones fail."""
+        if outcome.failed:
+            part = _without(part, outcome.failed)
+        if not len(part.rows):
+            return
+        try:
+            self._run(part, outcome)
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            raise _lost(error, self._transfer.device) from error
+        except EngineError:
+            raise
+        except Exception as error:
+            if len(part.rows) == 1:
+                log.exception("slot %d failed: the model raised", int(part.slots[0]))
+                outcome.failed[int(part.rows[0])] = f"the model raised {type(error).__name__}: {error}"
+                return
+            log.warning("the model raised %s for %d rows: trying each alone", type(error).__name__, len(part.rows))
+            for i in range(len(part.rows)):
+                self._run_or_isolate(part.only(i), work, outcome)
+
+    def _run(self, part: Pass, outcome: _Outcome) -> None:
+        batch, recompute = self.batch, self._model.spec.recompute
+        layout = lay_out(part, None if recompute else batch.tables, batch.block_size, batch.row_tokens)
+        positions, flat_tokens, slot_mapping, logits_at, slots, query_start, seq_lens = self._transfer.up(
+            layout.positions,
+            layout.flat_tokens,
+            layout.slot_mapping,
+            layout.logits_at,
+            part.slots,
+            layout.query_start,
+            layout.seq_lens,
+        )
+        width = 0 if recompute else -(-layout.max_seq_len // batch.block_size)
+        step_batch = StepBatch(
+            positions=positions,
+            slot_mapping=slot_mapping,
+            block_tables=batch.block_tables[:, :width].index_select(0, slots),
+            query_start=query_start,
+            seq_lens=seq_lens,
+            num_decodes=0 if recompute else layout.num_decodes,
+            max_query_len=layout.max_query_len,
+            max_seq_len=layout.max_seq_len,
+        )
+        known = batch.token_ids.view(-1)
+        token_ids = known.index_select(0, flat_tokens).to(torch.int64)
+        logits = self._model.forward(token_ids, step_batch, self._kv.layers, logits_at)
+        wanted = (len(layout.logits_at), self._model.spec.vocab_size)
+        if tuple(logits.shape) != wanted:
+            raise ValueError(f"logits have shape {tuple(logits.shape)}, wanted {wanted}")
+        rows = part.rows[part.samples]
+        if len(layout.logits_at) > len(rows):
+            outcome.prompts.extend(self._prompt_parts(part, logits[len(rows) :]))
+        if len(rows):
+            outcome.sampled_rows.append(rows)
+            outcome.logits.append(logits[: len(rows)])
+
+    def _prompt_parts(self, part: Pass, logits: Tensor) -> list[PromptPart]:
+        parts, end = [], 0
+        for row in np.flatnonzero(part.prompt_counts).tolist():
+            slot, count, first = int(part.slots[row]), int(part.prompt_counts[row]), int(part.starts[row]) + 1
+            start, end = end, end + count
+            tokens = self.batch.token_ids[slot, first : first + count].to(torch.int64)
+            alternatives = int(self.batch.sampling.prompt_logprobs[slot])
+            top = top_logprobs(logits[start:end], tokens, alternatives)
+            parts.append(PromptPart(slot, np.arange(first, first + count), tokens, alternatives, top))
+        return parts
+
+
+def _without(part: Pass, failed: dict[int, str]) -> Pass:
+    keep: NDArray[np.bool_] = ~np.isin(part.rows, list(failed))
+    return Pass(
+        part.rows[keep],
+        part.slots[keep],
+        part.starts[keep],
+        part.counts[keep],
+        part.samples[keep],
+        part.prompt_counts[keep],
+    )
+
+
+def _lost(error: Exception, device: torch.device) -> EngineError:
+    reason = str(error).splitlines()[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        return EngineError(
+            f"out of memory on {device} during a step ({reason}): "
+            "lower gpu_memory_utilization, max_num_seqs or max_num_batched_tokens"
+        )
+    return EngineError(f"{device} failed during a step: {reason}")

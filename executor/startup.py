@@ -1,0 +1,214 @@
+"""From settings to a runner that is warm: device, backend, model, KV memory, first steps.
+
+Owns the choices behind "auto" and the order of the start; must not know sockets. Every choice that is not what was
+asked for is logged once, with its reason.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..protocol.config import EngineConfig
+from ..protocol.errors import StartupError
+from ..protocol.messages import EngineInfo
+from .backends.base import Backend
+from .batch import PersistentBatch
+from .kv_cache import KVCache, KVPlan, allowed_length, bytes_per_block, cpu_budget, plan_kv
+from .models.base import Model, ModelSpec
+from .runner import Runner
+from .threads import usable_cores
+from .transfer import Transfer
+from .warmup import profile_peak, warm_up
+
+log = logging.getLogger(__name__)
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What a start comes to. `facts`: for the log; `depth`: steps that may be under way on the device at once."""
+
+    runner: Runner
+    info: EngineInfo
+    facts: dict[str, str | int | float]
+    depth: int
+
+
+def start(config: EngineConfig, progress: Progress, live: torch.nn.Module | None = None) -> Engine:
+    """Everything up to the first step. Call under `torch.inference_mode`. Raises `StartupError`."""
+    from .models import load_model
+
+    clock = _Phases()
+    device = choose_device(config)
+    threads = config.threads or usable_cores()
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
+    else:
+        torch.cuda.set_device(device)
+    progress("compiling kernels", 0, 0)
+    backend = choose_backend(config, device)
+    clock.end("backend")
+    progress("loading the model", 0, 0)
+    model = load_model(config, device, backend, progress, live)
+    clock.end("load")
+    if live is None and device.type == "cpu":
+        keep_freed_memory()
+    transfer = Transfer(device)
+    allowed_length(config, model.spec)  # before the profiling run, whose time a refusal would waste
+    progress("measuring memory", 0, 0)
+    plan = plan_memory(config, model, transfer)
+    runner = make_runner(config, model, plan, transfer)
+    clock.end("memory")
+    progress("warming up", 0, 0)
+    warm_up(runner, config)
+    clock.end("warm_up")
+    if live is None:  # a caller's own process keeps its own garbage habits
+        gc.collect()
+        gc.freeze()
+    spec = model.spec
+    info = EngineInfo(
+        model=config.model_name,
+        max_model_len=plan.max_model_len,
+        vocab_size=spec.vocab_size,
+        num_blocks=plan.num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        dtype=str(spec.dtype).removeprefix("torch."),
+        device=str(device),
+    )
+    facts: dict[str, str | int | float] = {
+        "architecture": spec.architecture,
+        "device": str(device),
+        "dtype": info.dtype,
+        "backend": backend.name,
+        "threads": threads,
+        "num_blocks": plan.num_blocks,
+        "kv_bytes": plan.total_bytes,
+        "max_model_len": plan.max_model_len,
+        **clock.seconds,
+    }
+    return Engine(runner, info, facts, depth=1 if device.type == "cpu" else config.run_ahead)
+
+
+def choose_device(config: EngineConfig) -> torch.device:
+    """`config.device`, or for "auto" a GPU if there is one. Raises `StartupError` for one that is not there."""
+    if config.device == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(config.device)
+    except RuntimeError:
+        raise StartupError(f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}", param="device") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise StartupError(f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}", param="device")
+    index = device.index or 0
+    if index >= torch.cuda.device_count():
+        raise StartupError(
+            f"device is {config.device!r}, but torch sees {torch.cuda.device_count()} CUDA devices: set device to cpu",
+            param="device",
+        )
+    return torch.device("cuda", index)
+
+
+def choose_backend(config: EngineConfig, device: torch.device) -> Backend:
+    """The kernels for `device`. Raises `StartupError` where `config.attention_backend` can't be had."""
+    from .backends.torch import TorchBackend
+
+    wanted = config.attention_backend
+    if wanted == "torch" or (wanted == "auto" and device.type != "cpu"):
+        return TorchBackend()
+    if device.type != "cpu":
+        raise StartupError(f"attention_backend cpu can't be used on {device}: set it to torch or auto")
+    from .backends.cpu import CpuBackend
+    from .kernels.cpu.build import KernelsUnavailable
+
+    try:
+        return CpuBackend()
+    except KernelsUnavailable as reason:
+        if wanted == "cpu":
+            raise StartupError(f"attention_backend cpu can't be used: {reason}") from None
+        log.warning("using the torch backend, which is slower: %s", reason)
+        return TorchBackend()
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed, instead of handing large pieces back to the system each time.
+
+    Every step allocates and frees the same tens of megabytes (logits and their like); taken anew from the system,
+    each page of them costs a fault, which doubles the time of sampling. Does nothing without glibc.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # not musl
+        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            libc.mallopt(option, 2**31 - 1)
+
+
+def plan_memory(config: EngineConfig, model: Model, transfer: Transfer) -> KVPlan:
+    """How many KV blocks there will be."""
+    if config.num_blocks is not None or model.spec.recompute:
+        return plan_kv(config, model.spec, 0, "num_blocks")
+    if transfer.shared:
+        return plan_kv(config, model.spec, cpu_budget(config), "kv_cache_memory")
+    return plan_kv(config, model.spec, _gpu_budget(config, model, transfer), "gpu_memory_utilization")
+
+
+def make_runner(config: EngineConfig, model: Model, plan: KVPlan, transfer: Transfer) -> Runner:
+    """A runner with an empty batch and `plan`'s blocks."""
+    spec: ModelSpec = model.spec
+    kv = KVCache(spec, plan, config.block_size, transfer.device)
+    batch = PersistentBatch(
+        config.max_num_seqs, plan.max_model_len, config.block_size, plan.num_blocks, spec.vocab_size, transfer
+    )
+    return Runner(model, batch, kv, transfer)
+
+
+def _gpu_budget(config: EngineConfig, model: Model, transfer: Transfer) -> int:
+    """Bytes for keys and values: the share that the engine may use, minus what is used already (by anyone), minus
+    what the largest step needs beside, as a profiling run measures it."""
+    device = transfer.device
+    length = allowed_length(config, model.spec)
+    tokens = min(config.max_num_batched_tokens, config.max_num_seqs * length)
+    blocks = -(-tokens // config.block_size) + config.max_num_seqs
+    small = KVPlan(blocks, min(length, blocks * config.block_size), bytes_per_block(model.spec, config.block_size))
+    held = torch.cuda.memory_allocated(device)
+    runner = make_runner(config, model, small, transfer)
+    before = torch.cuda.memory_allocated(device)
+    peak = profile_peak(runner, config) - before
+    del runner
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - held
+    rows = config.max_num_seqs * (length + 1 + -(-length // config.block_size)) * 4
+    budget = int(total * config.gpu_memory_utilization) - (total - free - cached) - peak - rows
+    log.info(
+        "GPU memory: %.1f of %.1f GiB free, a full step takes %.1f, the batch %.1f: %.1f GiB for keys and values",
+        *(n / 2**30 for n in (free, total, peak, rows, max(0, budget))),
+    )
+    return max(0, budget)
+
+
+class _Phases:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def end(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[f"{phase}_seconds"] = round(now - self._last, 2)
+        self._last = now
