@@ -1,0 +1,263 @@
+"""`Client`: the client library without asyncio. A thread runs an event loop with an `AsyncClient` on it.
+
+Owns the thread and the crossing of threads; must not know the wire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..protocol.errors import EngineDead, EngineError, InvalidRequest, Overloaded
+from ..protocol.messages import EngineInfo, Stats
+from ..protocol.sampling import RequestOutputKind, SamplingParams
+from .async_client import AsyncClient
+from .client_requests import Prompt
+from .outputs import RequestOutput
+
+T = TypeVar("T")
+
+MAX_IN_FLIGHT = 4096  # requests of one `generate` call that the engine is given at once
+
+Messages = list[dict[str, Any]]
+
+
+class Client:
+    """A connection to a running engine, for code without an event loop. Thread-safe."""
+
+    def __init__(self, endpoint: str, *, connect_timeout: float = 30.0) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._closing = threading.Lock()  # nothing is handed to the loop while it is being closed
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fast-inference-client", daemon=True)
+        self._thread.start()
+        self._client = AsyncClient(endpoint, connect_timeout=connect_timeout)
+        try:
+            self._call(self._client.connect())
+        except BaseException:
+            self._stop()
+            raise
+
+    # ---- life --------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel what is under way and close the connection."""
+        if self._loop.is_closed():
+            return
+        self._call(self._client.close())
+        self._stop()
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._client.info
+
+    def fail_all(self, error: EngineError) -> None:
+        """As `AsyncClient.fail_all`, from any thread; once closed there is nothing to do."""
+        with self._closing:
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._client.fail_all, error)
+
+    def get_stats(self, timeout: float = 10.0) -> Stats:
+        """The scheduler's figures of this moment."""
+        return self._call(self._client.get_stats(timeout))
+
+    def abort(self, request_id: str) -> None:
+        """End the requests of that name."""
+        self._call(self._client.abort(request_id))
+
+    # ---- requests ----------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Generate for one prompt or many; the results are in the prompts' order.
+
+        `params`: one for all, or one per prompt. `use_tqdm` (vLLM's name) shows a progress bar. Raises the error of
+        the first request that fails; the others are cancelled then. Refusals for want of room are tried again.
+        """
+        many = as_list(prompts)
+        return self._run_all(many, params, priority, use_tqdm, self._client.generate)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """As `generate`, for one conversation or many."""
+        many = [messages] if messages and isinstance(messages[0], dict) else list(messages)
+        return self._run_all(many, params, priority, use_tqdm, self._client.chat)
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
+    ) -> Iterator[RequestOutput]:
+        """Generate for one prompt, yielding outputs as they come. Leaving the iteration early cancels."""
+        return self._stream(self._client.generate(prompt, params, priority=priority))
+
+    def stream_chat(
+        self, messages: Messages, params: SamplingParams | None = None, *, priority: int = 0
+    ) -> Iterator[RequestOutput]:
+        """As `stream`, for a conversation."""
+        return self._stream(self._client.chat(messages, params, priority=priority))
+
+    def _stream(self, source: AsyncIterator[RequestOutput]) -> Iterator[RequestOutput]:
+        outputs: queue.SimpleQueue[RequestOutput | BaseException | None] = queue.SimpleQueue()
+
+        async def feed() -> None:
+            try:
+                async for output in source:
+                    outputs.put(output)
+                outputs.put(None)
+            except Exception as error:  # noqa: BLE001  # handed to the reader's thread, which raises it
+                outputs.put(error)
+
+        feeding = asyncio.run_coroutine_threadsafe(feed(), self._loop)
+        try:
+            while (item := outputs.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            feeding.cancel()
+
+    def _run_all(
+        self,
+        prompts: Sequence[Any],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: int | Sequence[int],
+        use_tqdm: bool,
+        start: Callable[..., AsyncGenerator[RequestOutput, None]],
+    ) -> list[RequestOutput]:
+        count = len(prompts)
+        every_params = [
+            p.replace(output_kind=RequestOutputKind.FINAL_ONLY) for p in per_prompt("params", params, count)
+        ]
+        priorities = per_prompt("priority", priority, count)
+        with _Bar(count, use_tqdm) as bar:
+
+            async def one(place: int) -> RequestOutput:
+                async with room:
+                    return await _final(start, prompts[place], every_params[place], priorities[place], bar)
+
+            async def run() -> list[RequestOutput]:
+                tasks = [asyncio.ensure_future(one(i)) for i in range(count)]
+                try:
+                    return list(await asyncio.gather(*tasks))
+                except BaseException:
+                    for task in tasks:
+                        task.cancel()
+                    await asyncio.gather(*tasks, return_exceptions=True)
+                    raise
+
+            room = asyncio.Semaphore(MAX_IN_FLIGHT)
+            return self._call(run())
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        with self._closing:
+            if self._loop.is_closed():
+                work.close()
+                raise EngineDead("the client was closed")
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # ctrl-C in the caller's thread must end the work too
+            raise
+
+    def _stop(self) -> None:
+        with self._closing:
+            if self._loop.is_closed():
+                return
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+
+async def _final(
+    start: Callable[..., AsyncGenerator[RequestOutput, None]],
+    prompt: Any,
+    params: SamplingParams,
+    priority: int,
+    bar: _Bar,
+) -> RequestOutput:
+    """The last output of one request; waits and tries again while the engine has no room."""
+    while True:
+        try:
+            async for output in start(prompt, params, priority=priority):
+                if output.finished:
+                    bar.done(output)
+                    return output
+        except Overloaded as error:
+            await asyncio.sleep(error.retry_after or 1.0)
+
+
+def as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """One prompt (string, mapping, flat list of ids) becomes a list of one."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if len(prompts) and not isinstance(prompts[0], str | Sequence | Mapping) and not hasattr(prompts[0], "__len__"):
+        return [prompts]  # type: ignore[list-item]
+    return prompts  # type: ignore[return-value]
+
+
+def per_prompt(name: str, value: Any, count: int) -> list[Any]:
+    """`value` for each of `count` prompts: itself, or its items."""
+    if value is None:
+        return [SamplingParams()] * count
+    if not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise InvalidRequest(f"{name} must be one, or one per prompt: got {len(value)} for {count} prompts", param=name)
+    return list(value)
+
+
+class _Bar:
+    """The progress bar of a `generate` call; silent unless asked for."""
+
+    def __init__(self, count: int, shown: bool) -> None:
+        self._tokens = 0
+        self._start = time.monotonic()
+        self._progress = Progress(
+            TextColumn("generate"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+            disable=not shown,
+        )
+        self._task = self._progress.add_task("generate", total=count, speed=0.0)
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def done(self, output: RequestOutput) -> None:
+        """One request has ended."""
+        self._tokens += sum(len(sequence.token_ids) for sequence in output.outputs)
+        speed = self._tokens / max(1e-9, time.monotonic() - self._start)
+        self._progress.update(self._task, advance=1, speed=speed)
