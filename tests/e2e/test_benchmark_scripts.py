@@ -1,0 +1,82 @@
+"""The benchmark scripts run from end to end on a small random model, peers included, and write what they measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .small_checkpoints import save_checkpoint
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+PEERS = ("--peer", "transformers-cb", "--peer", "transformers-generate", "--peer-batch", "8")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("llama")
+    save_checkpoint("llama-untied-llama3-rope", path)
+    return path
+
+
+def run_script(name: str, folder: Path, *options: str) -> dict[str, Any]:
+    """Run it; returns what it wrote as JSON."""
+    result = folder / f"{name}.json"
+    command = [sys.executable, str(BENCHMARKS / name), "--model", str(folder), "--json", str(result), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report: dict[str, Any] = json.loads(result.read_text())
+    return report
+
+
+def test_offline_measures_the_engine_and_both_peers_on_one_workload(folder: Path) -> None:
+    report = run_script("offline.py", folder, "--workload", "batch", "--repeats", "2", "--scale", "0.1", *PEERS)
+    (workload,) = report["workloads"]
+    assert workload["requests"] == 64
+    assert set(workload["engines"]) == {"fast_inference", "transformers-cb", "transformers-generate"}
+    for engine in workload["engines"].values():
+        assert [run["output_tokens"] for run in engine["runs"]] == [workload["output_tokens"]] * 2
+        assert 0 < engine["min"] <= engine["median"] <= engine["max"]
+    assert workload["ratios"]["transformers-cb"]["target"] == 4.5
+
+
+def test_serving_measures_the_engine_and_both_peers_on_the_same_arrivals(folder: Path) -> None:
+    arrivals = ("--request-rate", "50", "--num-prompts", "12", "--input-len", "5-40", "--output-len", "2-12")
+    report = run_script(
+        "serving.py",
+        folder,
+        "--backend",
+        "native",
+        *arrivals,
+        "--max-concurrency",
+        "4",
+        "--goodput",
+        "ttft:1e5",
+        *PEERS,
+    )
+    for engine in report["engines"].values():
+        assert engine["completed"] == 12
+        assert engine["request_goodput"] == pytest.approx(engine["request_throughput"])
+        assert engine["median_ttft_ms"] <= engine["p99_ttft_ms"]
+    assert len({engine["total_output_tokens"] for engine in report["engines"].values()}) == 1
+
+
+def test_serving_replays_a_trace(folder: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    rows = ["2023-11-16 18:15:46.6805900,374,44", "2023-11-16 18:15:50.9951690,396,109", "2023-11-16 18:15:51.2,91,16"]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]))
+    report = run_script(
+        "serving.py",
+        folder,
+        *("--backend", "native", "--trace", str(trace), "--num-prompts", "3"),
+        *("--speed-up", "10", "--scale-tokens", "0.1"),
+    )
+    engine = report["engines"]["fast_inference"]
+    assert (engine["total_input_tokens"], engine["total_output_tokens"]) == (37 + 40 + 9, 4 + 11 + 2)
+    assert 0.45 < engine["duration"] < 2.0

@@ -1,0 +1,101 @@
+"""The choices behind "auto", and a start from settings to a warm, empty runner."""
+
+from __future__ import annotations
+
+import logging
+
+import fast_inference.executor.backends.cpu as cpu_backend
+import fast_inference.executor.models as models
+import numpy as np
+import pytest
+import torch
+from fast_inference.executor import startup
+from fast_inference.executor.kernels.cpu.build import KernelsUnavailable
+from fast_inference.executor.startup import choose_backend, choose_device, start
+from fast_inference.protocol.config import EngineConfig
+from fast_inference.protocol.errors import StartupError
+from fast_inference.protocol.messages import Admit, Step
+
+from .tiny_model import GREEDY, LENGTH, VOCAB, TinyModel
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "mps", "cpu:x"])
+def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+    with pytest.raises(StartupError, match="device"):
+        choose_device(EngineConfig(device=device))
+
+
+def test_without_a_compiler_the_torch_backend_serves_and_the_reason_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unavailable() -> None:
+        raise KernelsUnavailable("no C compiler")
+
+    monkeypatch.setattr(cpu_backend, "CpuBackend", unavailable)
+    with caplog.at_level(logging.INFO):
+        assert choose_backend(EngineConfig(), CPU).name == "torch"
+    assert len(caplog.records) == 1 and "no C compiler" in caplog.text
+    with pytest.raises(StartupError, match="no C compiler"):
+        choose_backend(EngineConfig(attention_backend="cpu"), CPU)
+
+
+def test_the_cpu_backend_is_refused_on_a_gpu() -> None:
+    with pytest.raises(StartupError, match="attention_backend"):
+        choose_backend(EngineConfig(attention_backend="cpu"), torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_started_engine_is_warm_empty_and_says_what_it_is(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model = TinyModel(device)
+    monkeypatch.setattr(models, "load_model", lambda *_: model)
+    for name in ("freeze", "collect"):
+        monkeypatch.setattr(startup.gc, name, lambda: None)
+    monkeypatch.setattr(startup, "keep_freed_memory", lambda: None)
+    phases: list[str] = []
+    config = EngineConfig(model="tiny", device=device, attention_backend="torch", max_num_seqs=8, threads=1)
+    before = torch.get_num_threads()
+    try:
+        with torch.inference_mode():
+            engine = start(config, lambda phase, *_: phases.append(phase))
+            assert len(model.batches) >= 2  # prefill and decode
+            assert not engine.runner.batch.occupied.any()
+            assert engine.info.num_blocks == 8 * LENGTH // 16  # what eight full requests need, of far more memory
+            assert (engine.info.max_model_len, engine.info.vocab_size) == (LENGTH, VOCAB)
+            assert engine.info.device == ("cpu" if device == "cpu" else "cuda:0")
+            assert engine.depth == (1 if device == "cpu" else 2)
+            assert phases[-1] == "warming up"
+            one = np.array([3], np.int32)
+            admit = Admit(
+                slot=3,
+                token_ids=np.array([7, 8], np.int32),
+                num_prompt=2,
+                params=GREEDY,
+                seed=0,
+                block_ids=one,
+                cached_len=0,
+            )
+            step = Step(number=1, admit=(admit,), work_slots=one, work_counts=np.array([2], np.int32))
+            assert engine.runner.launch(step).finish().tokens.tolist() == model.generate([7, 8], 1)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_pool_of_two_blocks_still_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "load_model", lambda *_: TinyModel())
+    config = EngineConfig(model="tiny", device="cpu", attention_backend="torch", num_blocks=2, block_size=1)
+    with torch.inference_mode():
+        engine = start(config, lambda *_: None, torch.nn.Module())
+    assert engine.info.max_model_len == 2
+
+
+def test_a_model_that_raises_at_once_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TinyModel()
+    model.poison = 0
+    monkeypatch.setattr(models, "load_model", lambda *_: model)
+    config = EngineConfig(model="tiny", device="cpu", attention_backend="torch", num_blocks=16)
+    with torch.inference_mode(), pytest.raises(StartupError, match=r"first step: the model raised KeyError: 'poison'"):
+        start(config, lambda *_: None, torch.nn.Module())
