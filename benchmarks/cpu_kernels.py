@@ -74,7 +74,7 @@ class MkldnnLinear:
     """A weight packed by oneDNN through torch's private operators: the strongest linear that torch has on a CPU."""
 
     def __init__(self, weight: Tensor, rows: int) -> None:
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to_mkldnn(), rows)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")

@@ -65,17 +65,16 @@ def progress_bar() -> Progress:
 def offline_table(report: dict[str, Any]) -> Table:
     """One row for each engine on each workload."""
     table = Table(title=f"{report['model']}, {report['dtype']}, {report['machine']['cores']} cores")
-    for column in ("workload", "requests", "engine"):
-        table.add_column(column)
-    for column in ("output tok/s", "min to max", "runs", "mean TTFT ms", "ours / theirs", "at least"):
-        table.add_column(column, justify="right")
+    for column in ("workload", "engine"):
+        table.add_column(column, no_wrap=True)
+    for column in ("output tok/s", "min to max", "runs", "mean TTFT ms", "ratio", "at least"):
+        table.add_column(column, justify="right", no_wrap=True)
     for workload in report["workloads"]:
-        shape = f"{workload['requests']} ({workload['prompt_tokens']:,} in, {workload['output_tokens']:,} out)"
+        shape = f"{workload['requests']} x, {workload['prompt_tokens']:,} in, {workload['output_tokens']:,} out"
         for name, engine in workload["engines"].items():
             ratio = workload["ratios"].get(name)
             table.add_row(
-                workload["name"],
-                shape,
+                f"{workload['name']}: {shape}",
                 name,
                 f"{engine['median']:.1f}",
                 f"{engine['min']:.1f} to {engine['max']:.1f}",

@@ -29,6 +29,8 @@ LINGER_MS = 1000  # time for last words (Fatal, StreamEnd) to leave before the p
 _NOW = int(zmq.DONTWAIT)
 _NAME = int(zmq.DONTWAIT | zmq.SNDMORE)
 _MORE = int(zmq.RCVMORE)
+_EVENTS = int(zmq.EVENTS)
+_READABLE = int(zmq.POLLIN)
 
 Received = tuple[str, Message | ProtocolError]
 
@@ -74,6 +76,9 @@ class ZmqSocket:
         return True
 
     def receive(self) -> Received | None:
+        # Asked first, since most looks find nothing, and an exception costs more than the question.
+        if not cast(int, self.raw.getsockopt(_EVENTS)) & _READABLE:
+            return None
         try:
             frames = [self.raw.recv(_NOW)]
             while self.raw.getsockopt(_MORE):
@@ -205,7 +210,7 @@ class AsyncReader:
     def send(self, message: Message, to: str = "") -> bool:
         """As `Socket.send`."""
         sent = self._socket.send(message, to)
-        if cast(int, self._socket.raw.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        if cast(int, self._socket.raw.getsockopt(_EVENTS)) & _READABLE:
             self._drain_soon()
         return sent
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -63,12 +64,21 @@ async def test_an_async_engine_streams_aborts_and_counts(tiny_folder: str) -> No
             if not output.finished:
                 await engine.abort("endless")
         assert output.outputs[0].finish_reason == "abort"
-        assert engine.info.num_blocks == 128 and (await engine.get_stats()).used_blocks == 0
+        assert engine.info.num_blocks == 128
+        await blocks_come_back(engine)
         async with AsyncClient(engine.endpoint) as client:
             assert (await last(client.generate([5, 6, 7], GREEDY))).finished
         assert not engine.errored
     with pytest.raises(EngineDead):
         await engine.get_stats()
+
+
+async def blocks_come_back(engine: AsyncEngine) -> None:
+    """The step that was under way at the abort still names its blocks; once it is back they are free."""
+    deadline = time.monotonic() + 5.0
+    while (await engine.get_stats()).used_blocks:
+        assert time.monotonic() < deadline, "blocks of an aborted request did not come back"
+        await asyncio.sleep(0.01)
 
 
 async def test_requests_under_way_fail_when_an_actor_dies(tiny_folder: str) -> None:
@@ -84,13 +94,14 @@ async def test_requests_under_way_fail_when_an_actor_dies(tiny_folder: str) -> N
 
 
 async def test_a_start_that_is_cancelled_leaves_nothing(tiny_folder: str) -> None:
+    before = set(psutil.Process().children())
     engine = AsyncEngine(tiny_folder, **SMALL)
     starting = asyncio.create_task(engine.start())
     await asyncio.sleep(0.5)
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= before
 
 
 def test_an_llm_takes_prompts_of_every_kind_in_order(tiny_folder: str) -> None:
@@ -116,10 +127,11 @@ async def test_an_llm_works_under_a_running_event_loop(tiny_folder: str) -> None
 async def test_a_live_model_gives_what_its_checkpoint_gives(tiny_folder: str, tiny_tokenizer: Any) -> None:
     with LLM(tiny_folder, dtype="float32", **SMALL) as llm:
         (wanted,) = llm.generate("hello", GREEDY, use_tqdm=False)
+    before = len(psutil.Process().children())
     async with AsyncEngine(make_model(), tiny_tokenizer, dtype="float32", **SMALL) as engine:
         assert engine.info.model == "LlamaForCausalLM"
         output = await last(engine.generate("hello", GREEDY))
-        assert len(psutil.Process().children()) == 3, "its executor is a thread of this process"
+        assert len(psutil.Process().children()) == before + 3, "its executor is a thread of this process"
     assert output.outputs[0].token_ids == wanted.outputs[0].token_ids
     assert output.outputs[0].text == wanted.outputs[0].text
 
