@@ -21,7 +21,7 @@ from load import greedy_params
 from models import add_model_options, model_folder, vocabulary_size
 from peers import PeerJob, run_peer
 from records import Record, run_figures
-from report import console, machine, offline_table, progress_bar, write_json
+from report import console, machine, offline_tables, progress_bar, write_json
 from workloads import OFFLINE, TARGET_RATIOS, Request, offline_workload
 
 OURS = "fast_inference"
@@ -145,7 +145,9 @@ def main() -> None:
         workload_report(plan, {name: summary(runs[plan.name]) for name, runs in {OURS: ours, **peers}.items()})
         for plan in plans
     ]
-    console.print(offline_table(report))
+    console.print(f"{report['model']}, {args.dtype}, {report['machine']['cores']} cores, {report['machine']['cpu']}")
+    for table in offline_tables(report):
+        console.print(table)
     write_json(args.json, report)
 
 

@@ -10,6 +10,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -62,19 +63,17 @@ def progress_bar() -> Progress:
     )
 
 
-def offline_table(report: dict[str, Any]) -> Table:
-    """One row for each engine on each workload."""
-    table = Table(title=f"{report['model']}, {report['dtype']}, {report['machine']['cores']} cores")
-    for column in ("workload", "engine"):
-        table.add_column(column, no_wrap=True)
-    for column in ("output tok/s", "min to max", "runs", "mean TTFT ms", "ratio", "at least"):
-        table.add_column(column, justify="right", no_wrap=True)
+def offline_tables(report: dict[str, Any]) -> Iterator[Table]:
+    """One table for each workload, one row for each engine."""
     for workload in report["workloads"]:
-        shape = f"{workload['requests']} x, {workload['prompt_tokens']:,} in, {workload['output_tokens']:,} out"
+        shape = f"{workload['requests']} requests, {workload['prompt_tokens']:,} in, {workload['output_tokens']:,} out"
+        table = Table(title=f"{workload['name']}: {shape}", title_justify="left")
+        table.add_column("engine")
+        for column in ("output tok/s", "min to max", "runs", "mean TTFT ms", "ours / theirs", "at least"):
+            table.add_column(column, justify="right")
         for name, engine in workload["engines"].items():
             ratio = workload["ratios"].get(name)
             table.add_row(
-                f"{workload['name']}: {shape}",
                 name,
                 f"{engine['median']:.1f}",
                 f"{engine['min']:.1f} to {engine['max']:.1f}",
@@ -83,8 +82,7 @@ def offline_table(report: dict[str, Any]) -> Table:
                 f"{ratio['ratio']:.2f}" if ratio else "",
                 ratio_target(ratio),
             )
-        table.add_section()
-    return table
+        yield table
 
 
 def ratio_target(ratio: dict[str, Any] | None) -> str:

@@ -50,7 +50,7 @@ def start(config: EngineConfig, progress: Progress, live: torch.nn.Module | None
     from .models import load_model
 
     clock = _Phases()
-    device = choose_device(config)
+    device = choose_device(config, live)
     threads = config.threads or usable_cores()
     if device.type == "cpu":
         torch.set_num_threads(threads)
@@ -101,9 +101,12 @@ def start(config: EngineConfig, progress: Progress, live: torch.nn.Module | None
     return Engine(runner, info, facts, depth=1 if device.type == "cpu" else config.run_ahead)
 
 
-def choose_device(config: EngineConfig) -> torch.device:
-    """`config.device`, or for "auto" a GPU if there is one. Raises `StartupError` for one that is not there."""
+def choose_device(config: EngineConfig, live: torch.nn.Module | None = None) -> torch.device:
+    """`config.device`; for "auto" the place of a live module, else a GPU if there is one. Raises `StartupError` for
+    a device that is not there."""
     if config.device == "auto":
+        if live is not None and (first := next(live.parameters(), None)) is not None:
+            return first.device
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(config.device)

@@ -41,7 +41,7 @@ class EngineConfig:
     model_config: dict[str, Any] = field(default_factory=dict)  # keyword arguments of a registered class
 
     dtype: str = "auto"  # "float32", "bfloat16", "float16"; auto: as the checkpoint has it
-    device: str = "auto"  # "cpu", "cuda", "cuda:1"; auto: a GPU if there is one
+    device: str = "auto"  # "cpu", "cuda", "cuda:1"; auto: where a live model is, else a GPU if there is one
     attention_backend: str = "auto"  # "torch", "cpu"
     max_model_len: int | None = None  # tokens of prompt and output; None: what the model can take
     block_size: int = 16  # tokens in a KV block

@@ -11,7 +11,9 @@ weights of bfloat16 attention, which are rounded before they meet the values.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import c_float, c_int, c_long, c_void_p
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from .base import KVLayer, Linear, StepBatch
 __all__ = ["CpuBackend", "KernelsUnavailable"]
 
 PANEL = 32  # output features that lie side by side in a packed weight
+STEP_DTYPES = (torch.int64, torch.int64, torch.int32, torch.int32, torch.int32)  # in the order of _StepBatch
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 ARGUMENTS = {
     "linear": [c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_long],
@@ -59,11 +62,17 @@ class _Kernels:
     """The C functions of one element type."""
 
     def __init__(self, library: ctypes.CDLL, suffix: str) -> None:
-        for name, arguments in ARGUMENTS.items():
+        def find(name: str, result: type[c_int] | None = None) -> Callable[..., int]:
             function = getattr(library, f"{name}_{suffix}")
-            function.argtypes = arguments
-            function.restype = c_int if name == "attention" else None
-            setattr(self, name, function)
+            function.argtypes, function.restype = ARGUMENTS[name], result
+            return cast(Callable[..., int], function)
+
+        self.linear = find("linear")
+        self.rms_norm = find("rms_norm")
+        self.silu_mul = find("silu_mul")
+        self.rope_and_cache = find("rope_and_cache")
+        self.write_kv = find("write_kv")
+        self.attention = find("attention", c_int)
 
 
 def _column_order(values: Tensor) -> Tensor:
@@ -144,7 +153,6 @@ class CpuBackend:
         self._kernels = {dtype: _Kernels(library, suffix) for dtype, suffix in SUFFIXES.items()}
         self._batch: StepBatch | None = None
         self._batch_struct = _StepBatch()
-        self._batch_pointer = ctypes.addressof(self._batch_struct)
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return CpuLinear(self._of(weight), weight, bias)
@@ -152,7 +160,7 @@ class CpuBackend:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
         size = x.shape[-1]
-        if weight.dtype is not x.dtype or weight.shape[0] != size:
+        if weight.dtype is not x.dtype or weight.shape != (size,) or not weight.is_contiguous():
             raise ValueError(f"norm weight {list(weight.shape)} of {weight.dtype} does not fit {x.dtype} [..., {size}]")
         out = torch.empty_like(x)
         self._of(x).rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size, eps)
@@ -182,8 +190,8 @@ class CpuBackend:
         _check_cache(kv, qkv.dtype)
         if (heads + 2 * kv_heads) * head_size != width or heads <= 0 or head_size % 2:
             raise ValueError(f"qkv of width {width} does not hold heads of {head_size} beside {kv_heads} kv heads")
-        if cos_sin.dtype is not torch.float32 or cos_sin.shape[1] != head_size:
-            raise ValueError(f"cos_sin must be float32 [max_position, {head_size}]")
+        if cos_sin.dtype is not torch.float32 or cos_sin.shape[1] != head_size or not cos_sin.is_contiguous():
+            raise ValueError(f"cos_sin must be contiguous float32 [max_position, {head_size}]")
         qkv = qkv.contiguous()
         q = torch.empty((tokens, heads, head_size), dtype=qkv.dtype)
         self._of(qkv).rope_and_cache(
@@ -193,8 +201,8 @@ class CpuBackend:
             cos_sin.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
-            None if q_norm is None else q_norm.data_ptr(),
-            None if k_norm is None else k_norm.data_ptr(),
+            _head_norm(q_norm, qkv.dtype, head_size),
+            _head_norm(k_norm, qkv.dtype, head_size),
             heads,
             kv_heads,
             block_size,
@@ -266,18 +274,27 @@ class CpuBackend:
         """The address of the C side of `batch`, which is kept until the next step's: its pointers stay good."""
         if batch is not self._batch:
             tensors = (batch.positions, batch.slot_mapping, batch.block_tables, batch.query_start, batch.seq_lens)
-            if not all(tensor.is_contiguous() for tensor in tensors):
-                raise ValueError("the tensors of a StepBatch must be contiguous")
-            rows = batch.seq_lens.shape[0]
-            self._batch_struct.__init__(  # filled in place, so that its address never changes
+            for tensor, dtype in zip(tensors, STEP_DTYPES, strict=True):
+                if tensor.dtype is not dtype or not tensor.is_contiguous():
+                    raise ValueError("the tensors of a StepBatch must be contiguous, of the dtypes that it documents")
+            self._batch_struct = _StepBatch(
                 *(tensor.data_ptr() for tensor in tensors),
                 batch.positions.shape[0],
-                rows,
+                batch.seq_lens.shape[0],
                 batch.num_decodes,
                 batch.block_tables.shape[1],
             )
             self._batch = batch
-        return self._batch_pointer
+        return ctypes.addressof(self._batch_struct)
+
+
+def _head_norm(weight: Tensor | None, dtype: torch.dtype, head_size: int) -> int | None:
+    """The address of a norm weight of q or k, if there is one."""
+    if weight is None:
+        return None
+    if weight.dtype is not dtype or weight.shape != (head_size,) or not weight.is_contiguous():
+        raise ValueError(f"head norm {list(weight.shape)} of {weight.dtype} does not fit {dtype} heads of {head_size}")
+    return weight.data_ptr()
 
 
 def _check_cache(kv: KVLayer, dtype: torch.dtype) -> None:

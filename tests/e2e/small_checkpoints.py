@@ -97,7 +97,8 @@ THROUGH_TRANSFORMERS = ("gpt2", "gemma2", "phi3")
 def save_checkpoint(name: str, folder: Path) -> PreTrainedModel:
     """Draw the weights of `name`, save them under `folder`, and return the model in float32."""
     torch.manual_seed(11)
-    model = AutoModelForCausalLM.from_config(small_config(name), dtype=torch.float32)
+    # eager: transformers' sdpa of some versions passes over Gemma 2's soft cap
+    model = AutoModelForCausalLM.from_config(small_config(name), dtype=torch.float32, attn_implementation="eager")
     for key, parameter in model.named_parameters():
         if parameter.dim() == 1:  # norms and biases begin as ones and zeros, which would hide a mix-up
             parameter.data += torch.randn_like(parameter) * (0.1 if "norm" in key or "ln_" in key else SPREAD)

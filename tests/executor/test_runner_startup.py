@@ -27,6 +27,11 @@ def test_a_device_that_is_not_there_is_refused(device: str) -> None:
         choose_device(EngineConfig(device=device))
 
 
+def test_a_live_module_is_served_where_it_is_unless_told_otherwise() -> None:
+    assert choose_device(EngineConfig(), torch.nn.Linear(2, 2)) == torch.device("cpu")
+    assert choose_device(EngineConfig(device="cpu"), torch.nn.Linear(2, 2, device="meta")) == torch.device("cpu")
+
+
 def test_without_a_compiler_the_torch_backend_serves_and_the_reason_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
