@@ -21,7 +21,7 @@ from load import greedy_params
 from models import add_model_options, model_folder, vocabulary_size
 from peers import PeerJob, run_peer
 from records import Record, run_figures
-from report import console, machine, offline_tables, progress_bar, write_json
+from report import console, machine, offline_tables, phase_progress, progress_bar, write_json
 from workloads import OFFLINE, TARGET_RATIOS, Request, offline_workload
 
 OURS = "fast_inference"
@@ -95,10 +95,7 @@ def measure_peer(args: argparse.Namespace, model: str, peer: str, plan: Plan) ->
         runs=plan.runs,
     )
     with progress_bar() as bar:
-        task = bar.add_task(peer, total=len(plan.runs[0]))
-        return run_peer(
-            job, lambda phase, done: bar.update(task, completed=done, description=f"{peer}: {plan.name}, {phase}")
-        )
+        return run_peer(job, phase_progress(bar, f"{peer}, {plan.name}", len(plan.warmup)))
 
 
 def summary(runs: Sequence[Sequence[Record]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -61,6 +61,18 @@ def progress_bar() -> Progress:
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     )
+
+
+def phase_progress(bar: Progress, label: str, total: int) -> Callable[[str, int], None]:
+    """A row of `bar` for work in phases of `total` requests each; call it with the phase and what is done of it."""
+    task = bar.add_task(label, total=total)
+
+    def show(phase: str, done: int) -> None:
+        if done == 0:
+            bar.reset(task, description=f"{label}: {phase}")
+        bar.update(task, completed=done)
+
+    return show
 
 
 def offline_tables(report: dict[str, Any]) -> Iterator[Table]:

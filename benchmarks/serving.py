@@ -25,7 +25,7 @@ from load import HttpSender, NativeSender, Sender, drive
 from models import add_model_options, model_folder, vocabulary_size
 from peers import PeerJob, run_peer
 from records import METRICS, Record, serving_figures
-from report import console, machine, progress_bar, serving_table, write_json
+from report import console, machine, phase_progress, progress_bar, serving_table, write_json
 from workloads import Lengths, Request, poisson_arrivals, random_requests, read_trace
 
 OURS = "fast_inference"
@@ -143,8 +143,7 @@ def measure_peer(
         max_concurrency=args.max_concurrency,
     )
     with progress_bar() as bar:
-        task = bar.add_task(peer, total=len(requests))
-        return run_peer(job, lambda phase, done: bar.update(task, completed=done, description=f"{peer}: {phase}"))[0]
+        return run_peer(job, phase_progress(bar, peer, len(requests)))[0]
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ class Transfer:
             raw[start : start + a.nbytes] = np.ascontiguousarray(a).reshape(-1).view(np.uint8)
         landed = staging.to(self.device, non_blocking=True)
         return [
-            landed[start : start + a.nbytes].view(torch.from_numpy(a[:0]).dtype).view(a.shape)
+            landed[start : start + a.nbytes].view(torch.from_numpy(np.empty(0, a.dtype)).dtype).view(a.shape)
             for a, start in zip(arrays, starts, strict=True)
         ]
 

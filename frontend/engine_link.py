@@ -158,12 +158,12 @@ class EngineLink:
             log.error("unexpected on the requests link: %r", message)
 
     def _share_out(self, delivery: Delivery) -> None:
-        self.metrics.delivered(delivery)
         for stream in delivery.woken:
             stream.wake()
         if self.outgoing is not None:
             for owner, batch in delivery.outgoing:
                 self.outgoing(owner, batch)
+        self.metrics.delivered(delivery)  # last: somebody waits for the text, nobody for the figures
 
     # ---- how the engine fares ----------------------------------------------------------------------------------
 

@@ -119,7 +119,8 @@ class RequestTable:
             slots = np.minimum(batch.keys & (MAX_SEQUENCES - 1), len(self._keys) - 1)
             owners = np.where(self._keys[slots] == batch.keys, self._owners[slots], NOBODY)
             self._time_rows(slots[(owners != NOBODY) & (batch.counts > 0)], now, out)
-            for owner in np.unique(owners).tolist():
+            first = int(owners[0])  # one owner for all is the usual case, and np.unique is dear for a small batch
+            for owner in [first] if (owners == first).all() else np.unique(owners).tolist():
                 if owner == LOCAL:
                     self._local_rows(batch, slots, owners, woken)
                 elif owner != NOBODY:
