@@ -146,13 +146,14 @@ def run(config: EngineConfig, endpoints: Endpoints, wire: Wire, control: Control
     control.ready()
     deadline = None
     while True:
+        busy = shell.turn()  # before the control link: somebody waits for these
         shutdown = control.turn()
         if shutdown is not None and deadline is None:
             deadline = time.monotonic() + shutdown.drain_seconds
             shell.perform(core.handle(shutdown, time.time()))
         if deadline is not None and (core.idle or time.monotonic() >= deadline):
             break
-        if shell.turn():
+        if busy:
             continue
         pause = RETRY_SECONDS if shell.held_back else IDLE_SECONDS
         if deadline is not None:
