@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ..kernels.cpu.build import KernelsUnavailable, load
+from ..kernels.cpu.pack import pack_bias, pack_weight
 from .base import KVLayer, Linear, StepBatch
 
 __all__ = ["CpuBackend", "KernelsUnavailable"]
 
-PANEL = 32  # output features that lie side by side in a packed weight
 STEP_DTYPES = (torch.int64, torch.int64, torch.int32, torch.int32, torch.int32)  # in the order of _StepBatch
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 ARGUMENTS = {
@@ -73,32 +73,6 @@ class _Kernels:
         self.rope_and_cache = find("rope_and_cache")
         self.write_kv = find("write_kv")
         self.attention = find("attention", c_int)
-
-
-def _column_order(values: Tensor) -> Tensor:
-    """[panels * 32, ...] -> [panels, 2, 16, ...]: the two vectors of each panel (see `columns` in element.h)."""
-    panels = values.shape[0] // PANEL
-    if values.dtype is torch.bfloat16:
-        return values.view(panels, PANEL // 2, 2, *values.shape[1:]).transpose(1, 2)
-    return values.view(panels, 2, PANEL // 2, *values.shape[1:])
-
-
-def pack_weight(weight: Tensor) -> Tensor:
-    """`weight` [out, in], bfloat16 or float32 -> int32 [panels, units, 32], a unit being 32 bits of one row."""
-    rows = -(-weight.shape[0] // PANEL) * PANEL
-    unit = 4 // weight.element_size()
-    width = -(-weight.shape[1] // unit) * unit
-    padded = weight.new_zeros(rows, width)
-    padded[: weight.shape[0], : weight.shape[1]] = weight
-    columns = _column_order(padded)
-    return columns.view(torch.int32).permute(0, 3, 1, 2).contiguous().view(rows // PANEL, width // unit, PANEL)
-
-
-def pack_bias(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """`bias` [out] -> float32 [panels * 32] in the column order of a weight of `dtype`."""
-    padded = bias.new_zeros(-(-bias.shape[0] // PANEL) * PANEL, dtype=dtype)
-    padded[: bias.shape[0]] = bias
-    return _column_order(padded).float().contiguous().view(-1)
 
 
 class CpuLinear:
