@@ -50,9 +50,14 @@ def resolve_checkpoint(model: str, revision: str | None, progress: Progress) -> 
         return convert_gguf(path, progress)
     if path.is_file():
         raise StartupError(f"{model} is a file: name the model's folder, or a .gguf file")
-    if model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
+    if is_path(model):
         raise StartupError(f"there is no model folder {model!r}")
     return _from_hub(model, revision, progress)
+
+
+def is_path(model: str) -> bool:
+    """Whether `model` can only be a place on this disk, not a hub name ("owner/name" or "name")."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith(".gguf")
 
 
 def safetensors_files(folder: Path) -> list[Path]:

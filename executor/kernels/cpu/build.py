@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from ....protocol.endpoints import home
+
 SOURCES = Path(__file__).parent
 TEMPLATES = ("linear.c", "attention.c", "pointwise.c")  # compiled once for each element type
 ELEMENTS = ("BF16", "F32")
@@ -108,8 +110,7 @@ def _library(openmp: Path) -> Path:
     digest = hashlib.sha256("\0".join((version, _cpu(), str(openmp), *FLAGS)).encode())
     for source in sorted(SOURCES.glob("*.[ch]")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    home = Path(os.environ.get("FAST_INFERENCE_HOME") or Path.home() / ".cache" / "fast_inference")
-    library = home / "kernels" / f"cpu-{digest.hexdigest()[:24]}.so"
+    library = home() / "kernels" / f"cpu-{digest.hexdigest()[:24]}.so"
     if not library.exists():
         try:
             library.parent.mkdir(parents=True, exist_ok=True)
