@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..protocol.errors import Overloaded, ProtocolError
 from ..protocol.messages import Deliver, OpenStream, StopFound, StreamEnd, StreamPromptLogprobs, TextBatch
+from ..protocol.ragged import well_formed
 from .rows import Route, Stream
 from .text_stream import TextStream, make_decoder
 from .vocabulary import Vocabulary
@@ -220,10 +221,8 @@ def _check(deliver: Deliver) -> None:
         tops.append(top)
         if top.rows.size and not (top.rows.min() >= 0 and top.rows.max() < deliver.numbers.size):
             raise ProtocolError(f"Deliver.logprobs.rows must be in [0, {deliver.numbers.size})")
-    for top in tops:
-        parallel = top.rows.size == top.counts.size == top.ranks.size and top.token_ids.size == top.values.size
-        if not parallel or (top.counts < 0).any() or top.counts.sum() != top.token_ids.size:
-            raise ProtocolError("log-probabilities must be ragged columns that fit one another")
+    if not all(map(well_formed, tops)):
+        raise ProtocolError("log-probabilities must be ragged columns that fit one another")
 
 
 def _end(stream: Stream, now: float) -> StreamEnd:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..protocol.messages import TopLogprobs
+from ..protocol.ragged import pick_rows
 from .outputs import Logprob
 
 
@@ -61,18 +62,10 @@ def by_row(top: TopLogprobs, texts: list[str]) -> dict[int, TokenLogprobs]:
 def select(top: TopLogprobs, texts: list[str], keep: NDArray[np.bool_]) -> tuple[TopLogprobs | None, list[str]]:
     """The records of those rows for which `keep[row]` is true, numbered anew as if the others had never been."""
     chosen = keep[top.rows]
-    if not chosen.any():
-        return None, []
-    renumbered = np.cumsum(keep, dtype=np.int32) - 1
-    entries = np.repeat(chosen, top.counts)
-    part = TopLogprobs(
-        rows=renumbered[top.rows[chosen]],
-        counts=top.counts[chosen],
-        ranks=top.ranks[chosen],
-        token_ids=top.token_ids[entries],
-        values=top.values[entries],
-    )
-    return part, [texts[i] for i in np.flatnonzero(entries).tolist()] if len(texts) == len(entries) else []
+    part = pick_rows(top, chosen, (np.cumsum(keep) - 1)[top.rows])
+    if part is None or len(texts) != len(top.token_ids):
+        return part, []
+    return part, [texts[i] for i in np.flatnonzero(np.repeat(chosen, top.counts)).tolist()]
 
 
 def prompt_positions(

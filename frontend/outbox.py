@@ -13,7 +13,7 @@ import numpy as np
 
 from ..protocol.channel import PeerGone
 from ..protocol.messages import TextBatch
-from .rows import concatenated
+from ..protocol.ragged import concatenated
 
 # One message holds at most about this many rows, tokens and log-probability entries, a frontend's backlog this many.
 MESSAGE_WEIGHT = 1 << 18

@@ -6,13 +6,14 @@ decoded. Used by `detokenizer.py` alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..protocol.messages import Deliver, Int32, Int64, TextBatch, TopLogprobs
+from ..protocol.messages import Deliver, Int32, Int64, TextBatch
+from ..protocol.ragged import follow_rows
 from .text_stream import TextStream
 
 
@@ -113,7 +114,11 @@ class Route:
                 chosen = chosen[keep[chosen]]
             if not chosen.size:
                 continue
-            logprobs = None if deliver.logprobs is None else reindexed(deliver.logprobs, chosen, len(texts))
+            logprobs = None
+            if deliver.logprobs is not None:
+                place = np.full(len(texts), -1, np.int64)
+                place[chosen] = np.arange(chosen.size)
+                logprobs = follow_rows(deliver.logprobs, place)
             out[frontend] = TextBatch(
                 keys=self._keys[chosen],
                 indexes=self._indexes[: chosen.size],
@@ -139,35 +144,3 @@ class Route:
 
 def _table_of(stream: Stream | None) -> Table:
     return NOTHING if stream is None or stream.always_slow else stream.table
-
-
-def reindexed(top: TopLogprobs, chosen: NDArray[np.int64], size: int) -> TopLogprobs | None:
-    """The records of the `chosen` of `size` rows, numbered by their place in `chosen`; None if there are none."""
-    place = np.full(size, -1, np.int32)
-    place[chosen] = np.arange(chosen.size, dtype=np.int32)
-    rows = place[top.rows]
-    kept = rows >= 0
-    if not kept.any():
-        return None
-    entries = np.repeat(kept, top.counts)
-    return TopLogprobs(
-        rows=rows[kept],
-        counts=top.counts[kept],
-        ranks=top.ranks[kept],
-        token_ids=top.token_ids[entries],
-        values=top.values[entries],
-    )
-
-
-def concatenated(parts: Iterable[tuple[int, TopLogprobs | None]]) -> TopLogprobs | None:
-    """Records of several batches as one; each part's rows are moved by its number."""
-    present = [(offset, top) for offset, top in parts if top is not None]
-    if not present:
-        return None
-    return TopLogprobs(
-        rows=np.concatenate([top.rows + np.int32(offset) for offset, top in present]),
-        counts=np.concatenate([top.counts for _, top in present]),
-        ranks=np.concatenate([top.ranks for _, top in present]),
-        token_ids=np.concatenate([top.token_ids for _, top in present]),
-        values=np.concatenate([top.values for _, top in present]),
-    )

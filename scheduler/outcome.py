@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ..protocol.errors import EngineError
 from ..protocol.messages import PromptLogprobs, StepResult, StreamPromptLogprobs, TopLogprobs
+from ..protocol.ragged import follow_rows, pick_rows, well_formed
 from .batch import Batch, InFlight
-from .delivery import follow_rows, pick_rows, well_formed
 from .prefix import extend_hashes
 from .request import Request, RequestState
 
