@@ -5,18 +5,17 @@ Owns the route's JSON; must not know sockets or templates.
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.responses import Response
 
 from ..protocol.errors import InvalidRequest
+from .answer import Answer
 from .chat_messages import plain_messages
 from .generation import (
     Api,
     Call,
-    Tally,
     check_request_id,
     check_room,
     clamp,
@@ -27,7 +26,7 @@ from .generation import (
 from .logprobs import TokenLogprobs
 from .schemas import ChatBody, sampling_params
 from .sse import EventStream, event, json_bytes, json_string
-from .stream import Piece, Stream
+from .stream import Piece
 from .submission import Request
 
 
@@ -89,32 +88,13 @@ def _logprobs(body: ChatBody) -> int | None:
     return None
 
 
-class _Answer:
-    """Puts the answer to one request together, in one piece or in chunks."""
+class _Answer(Answer):
+    """A `chat.completion`."""
 
     def __init__(self, api: Api, body: ChatBody, request: Request) -> None:
-        self._api = api
+        super().__init__(api, body, request, "chat.completion.chunk", '"delta":{"content"')
         self._body = body
-        self._request = request
-        self._tally = Tally(request.prompts)
-        self._created = int(time.time())
-        self._model = api.config.model_name
-        self._begun: set[int] = set()
-        options = body.stream_options
-        self._usage_at_end = bool(body.stream and options and options.include_usage)
-        self._usage_always = bool(self._usage_at_end and options and options.continuous_usage_stats)
         self._plain = not (body.logprobs or body.return_token_ids or self._usage_always)
-        head = json_bytes(self._head("chat.completion.chunk"))[:-1].decode()
-        chunked = range(request.sequences if body.stream else 0)
-        self._prefixes = [f'data: {head},"choices":[{{"index":{i},"delta":{{"content":' for i in chunked]
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self._request.request_id,
-            "object": kind,
-            "created": self._created,
-            "model": self._model,
-        }
 
     # ---- in one piece ------------------------------------------------------------------------------------------
 
@@ -130,7 +110,7 @@ class _Answer:
                 **self._rest(piece),
             }
             choices.append(choice)
-        out = {**self._head("chat.completion"), "choices": choices, "usage": self._tally.usage(self._request.params.n)}
+        out = {**self._head("chat.completion"), "choices": choices, "usage": self._usage()}
         self._about_prompt(out, pieces[0])
         return out
 
@@ -164,20 +144,7 @@ class _Answer:
 
     # ---- in chunks ---------------------------------------------------------------------------------------------
 
-    async def stream(self, stream: Stream, pieces: list[Piece]) -> AsyncGenerator[bytes, None]:
-        """The answer as events; `pieces` is what has come already."""
-        while True:
-            out = b"".join([self._chunks(piece) for piece in pieces])
-            if out:
-                yield out
-            if stream.remaining == 0 and stream.failure is None and not stream.changed:
-                break
-            pieces = await stream.take()
-        if self._usage_at_end:
-            head = self._head("chat.completion.chunk")
-            yield event({**head, "choices": [], "usage": self._tally.usage(self._request.params.n)})
-
-    def _chunks(self, piece: Piece) -> bytes:
+    def _chunk(self, piece: Piece) -> bytes:
         self._tally.add(piece)
         opening = b"" if piece.index in self._begun else self._opening(piece)
         text = piece.text
@@ -189,10 +156,7 @@ class _Answer:
         if not text and piece.end is None and not piece.logprobs and not piece.token_ids:
             return opening
         choice = {"index": piece.index, "delta": {"content": text} if text else {}, **self._rest(piece)}
-        value = {**self._head("chat.completion.chunk"), "choices": [choice]}
-        if self._usage_always:
-            value["usage"] = self._tally.usage(self._request.params.n, final=False)
-        return opening + event(value)
+        return opening + self._chunk_of(choice)
 
     def _opening(self, piece: Piece) -> bytes:
         """A sequence's first chunk, which names the role."""
@@ -203,7 +167,7 @@ class _Answer:
             "logprobs": None,
             "finish_reason": None,
         }
-        value = {**self._head("chat.completion.chunk"), "choices": [choice]}
+        value = {**self._head(self._chunk_kind), "choices": [choice]}
         if piece.index == 0:  # the one that was asked to score the prompt
             self._about_prompt(value, piece)
         return event(value)

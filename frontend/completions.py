@@ -5,17 +5,16 @@ Owns the route's JSON; must not know sockets.
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.responses import Response
 
 from ..protocol.errors import InvalidRequest
+from .answer import Answer
 from .generation import (
     Api,
     Call,
-    Tally,
     check_request_id,
     check_room,
     clamp,
@@ -25,8 +24,8 @@ from .generation import (
 )
 from .logprobs import TokenLogprobs
 from .schemas import CompletionBody, sampling_params, split_prompts
-from .sse import EventStream, event, json_bytes, json_string
-from .stream import Piece, Stream
+from .sse import EventStream, json_bytes, json_string
+from .stream import Piece
 from .submission import MAX_SEQUENCES_PER_REQUEST, Request
 
 
@@ -89,73 +88,41 @@ async def _tokenize(api: Api, body: CompletionBody, room: int) -> tuple[list[str
     return texts, prompts
 
 
-class _Answer:
-    """Puts the answer to one request together, in one piece or in chunks."""
+class _Answer(Answer):
+    """A `text_completion`."""
 
     def __init__(
         self, api: Api, body: CompletionBody, request: Request, texts: Sequence[str | None], no_text: bool
     ) -> None:
-        self._api = api
+        super().__init__(api, body, request, "text_completion", '"text"')
         self._body = body
-        self._request = request
         self._texts = texts
         self._no_text = no_text
-        self._tally = Tally(request.prompts)
-        self._created = int(time.time())
-        self._model = api.config.model_name
         self._offsets: dict[int, int] = {}  # by sequence: length of the text before the next token
-        self._begun: set[int] = set()
         self._records: dict[int, list[TokenLogprobs | None]] = {}  # by prompt: its log-probabilities
-        options = body.stream_options
-        self._usage_at_end = bool(body.stream and options and options.include_usage)
-        self._usage_always = bool(self._usage_at_end and options and options.continuous_usage_stats)
+        self._held: list[Piece] = []
         self._plain = not (
             body.echo or body.logprobs is not None or body.return_token_ids or self._usage_always
             or request.params.prompt_logprobs is not None
         )  # fmt: skip
-        head = json_bytes(self._head())[:-1].decode()
-        chunked = range(request.sequences if body.stream else 0)
-        self._prefixes = [f'data: {head},"choices":[{{"index":{i},"text":' for i in chunked]
-
-    def _head(self) -> dict[str, Any]:
-        return {
-            "id": self._request.request_id,
-            "object": "text_completion",
-            "created": self._created,
-            "model": self._model,
-        }
 
     def whole(self, pieces: list[Piece]) -> dict[str, Any]:
         """The answer to a request that was not streamed."""
         for piece in pieces:
             self._tally_piece(piece)
         choices = [self._choice(piece) for piece in sorted(pieces, key=lambda p: p.index)]
-        return {**self._head(), "choices": choices, "usage": self._tally.usage(self._request.params.n)}
+        return {**self._head("text_completion"), "choices": choices, "usage": self._usage()}
 
-    async def stream(self, stream: Stream, pieces: list[Piece]) -> AsyncGenerator[bytes, None]:
-        """The answer as events; `pieces` is what has come already."""
-        held: list[Piece] = []
-        while True:
-            ready, held = self._split([*held, *pieces])
-            out = b"".join([self._chunk(piece) for piece in ready])
-            if out:
-                yield out
-            if stream.remaining == 0 and stream.failure is None and not stream.changed:
-                break
-            pieces = await stream.take()
-        if self._usage_at_end:
-            yield event({**self._head(), "choices": [], "usage": self._tally.usage(self._request.params.n)})
-
-    def _split(self, pieces: list[Piece]) -> tuple[list[Piece], list[Piece]]:
-        """What can be sent now, and what must wait: only a prompt's first sequence brings the prompt's
-        log-probabilities, and its siblings show them too."""
+    def _ready(self, pieces: list[Piece]) -> list[Piece]:
+        """Only a prompt's first sequence brings the prompt's log-probabilities; its siblings, which show them too,
+        wait for it."""
         n = self._request.params.n
         if n == 1 or self._request.params.prompt_logprobs is None:
-            return pieces, []
+            return pieces
+        pieces = sorted([*self._held, *pieces], key=lambda p: p.index)
         known = {*self._records, *(piece.index // n for piece in pieces if piece.index % n == 0)}
-        pieces = sorted(pieces, key=lambda p: p.index)
-        ready = [piece for piece in pieces if piece.index // n in known]
-        return ready, [piece for piece in pieces if piece.index // n not in known]
+        self._held = [piece for piece in pieces if piece.index // n not in known]
+        return [piece for piece in pieces if piece.index // n in known]
 
     def _tally_piece(self, piece: Piece) -> None:
         if self._no_text:
@@ -173,10 +140,7 @@ class _Answer:
         choice = self._choice(piece)
         if not choice["text"] and piece.end is None and not choice["logprobs"] and not piece.token_ids:
             return b""
-        value = {**self._head(), "choices": [choice]}
-        if self._usage_always:
-            value["usage"] = self._tally.usage(self._request.params.n, final=False)
-        return event(value)
+        return self._chunk_of(choice)
 
     def _choice(self, piece: Piece) -> dict[str, Any]:
         """One entry of `choices`: all that `piece` holds, with the prompt before a sequence's first piece."""
