@@ -47,7 +47,7 @@ lint: $(VENV)/.installed-dev build/typing
 	PYTHONPATH=build/typing $(BIN)/lint-imports
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/offline.py $(ARGS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,6 @@ from typing import Any
 import pytest
 
 from .engine_process import EngineProcess
-
-# Before anything loads OpenMP: tests share their cores, and a thread that spins takes them from the others.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 TEMPLATE = (
     "{% for m in messages %}<|im|>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"

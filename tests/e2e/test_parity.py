@@ -11,11 +11,10 @@ further; how many did is recorded as the property `near_ties`.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from fast_inference import LLM, SamplingParams
 
 from .greedy_reference import Comparison, Reference, greedy_reference
@@ -40,16 +39,8 @@ def make_prompts() -> list[list[int]]:
 
 
 PROMPTS = make_prompts()
+pytestmark = pytest.mark.usefixtures("one_thread")
 Checkpoint = tuple[str, list[Reference]]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small products are slower on two threads than on one, and much slower when the cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
