@@ -32,6 +32,9 @@ class InFlight:
     sampled_leases: NDArray[np.int64]
     registered: list[int] = field(default_factory=list)  # blocks that it fills and that serve hits from then on
     admitted: list[tuple[int, int]] = field(default_factory=list)  # (slot, lease)
+    prefill_tokens: int = 0  # known tokens in chunks, for the step model
+    rows: int = 0  # rows of one token
+    context: int = 0  # tokens whose keys its rows read, their own among them
 
 
 class Batch:

@@ -47,6 +47,7 @@ from .preemption import Preemptor
 from .prefix import extend_hashes
 from .request import REASONS, Request, RequestState
 from .stats import Totals, snapshot
+from .step_model import StepModel
 from .streams import Streams
 from .waiting import WaitingQueue
 
@@ -82,6 +83,7 @@ class SchedulerCore:
         self.queue = WaitingQueue()
         self.policy = make_policy(config.scheduling_policy)
         self.totals = Totals()
+        self.step_model = StepModel()
         self.batch: Batch | None = None  # None until the executor is ready
         self._planner: Planner | None = None
         self._preemptor: Preemptor | None = None
@@ -156,6 +158,7 @@ class SchedulerCore:
             for request in lost.table.running():
                 self._preemptor.preempt(request.slot, now)
         self._info = info
+        self.step_model = StepModel()  # it may be another device
         self._limits = limits_of(info, None if config.enable_chunked_prefill else config.max_num_batched_tokens)
         first_step = 1 if lost is None else lost.last_sent + 1
         slots = min(config.max_num_seqs, info.max_num_seqs)
@@ -201,6 +204,8 @@ class SchedulerCore:
             empty = StepResult(number=batch.in_flight[0].number, slots=result.slots[:0], tokens=result.tokens[:0])
             self._apply(batch, preemptor, empty, now)
         self.totals.step_seconds = result.seconds
+        record = batch.in_flight[0]
+        self.step_model.observe(record.prefill_tokens, record.rows, record.context, result.seconds)
         self._apply(batch, preemptor, result, now)
 
     def _apply(self, batch: Batch, preemptor: Preemptor, result: StepResult, now: float) -> None:

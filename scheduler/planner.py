@@ -207,7 +207,8 @@ class Planner:
             slots = np.concatenate((decode, np.array([row[0] for row in rows], np.int64)))
             counts = np.concatenate((counts, np.array([row[1] for row in rows], np.int32)))
             sampled = np.concatenate((decode, np.array([row[0] for row in rows if row[2]], np.int64)))
-        table.computed[slots] += counts
+        computed = table.computed[slots] + counts
+        table.computed[slots] = computed
         table.planned[sampled] += 1
         leases = table.lease[slots]
         record = InFlight(
@@ -216,6 +217,9 @@ class Planner:
             leases=leases,
             sampled=sampled,
             sampled_leases=leases if sampled is slots else table.lease[sampled],
+            prefill_tokens=sum(row[1] for row in draft.rows),
+            rows=len(decode),
+            context=int(computed.sum()),
         )
         if draft.admit:
             seated = [admit.slot for admit in draft.admit]
