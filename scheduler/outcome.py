@@ -74,12 +74,12 @@ def _living_rows(batch: Batch, record: InFlight, result: StepResult, outcome: Ou
     slots, leases, tokens, logprobs = record.sampled, record.sampled_leases, result.tokens, result.logprobs
     if logprobs is not None and not well_formed(logprobs):
         logprobs = None
-    if len(tokens) != len(slots) or not np.array_equal(result.slots, slots):
+    if not len(result.slots) == len(tokens) == len(slots) or np.count_nonzero(result.slots != slots):
         slots, leases, tokens, logprobs = _match(batch, record, result, logprobs, outcome)
     alive = batch.table.lease[slots] == leases
     if outcome.failed:
         alive &= ~np.isin(slots, [request.slot for request, _ in outcome.failed])
-    if alive.all():
+    if np.count_nonzero(alive) == len(alive):
         return _Rows(slots, tokens, logprobs)
     if logprobs is not None:
         logprobs = follow_rows(logprobs, np.where(alive, np.cumsum(alive) - 1, -1))
@@ -145,7 +145,7 @@ def _first_words(batch: Batch, slots: NDArray[np.int64], now: float) -> None:
 def _register_filled(batch: Batch, slots: NDArray[np.int64], computed: NDArray[np.int64]) -> None:
     """The keys of the first `computed` tokens are written: where those fill a block, it may serve hits."""
     table, size = batch.table, batch.block_size
-    rows = np.flatnonzero(computed % size == 0)
+    rows = (computed % size == 0).nonzero()[0]
     if not len(rows):
         return
     at, last = slots[rows], computed[rows] // size - 1
@@ -165,7 +165,7 @@ def _find_ended(batch: Batch, rows: _Rows, lengths: NDArray[np.int64], outcome: 
     stopped = table.stop_hits(rows.slots, rows.tokens, lengths) if table.has_stops else None
     if stopped is not None:
         ended |= stopped
-    if not ended.any():
+    if not np.count_nonzero(ended):
         return
     for row in np.flatnonzero(ended).tolist():
         request = table.living(int(rows.slots[row]))

@@ -90,9 +90,9 @@ class Planner:
         ready = table.planned - table.computed == 1
         ready &= table.planned < table.limit  # what steps in flight will end by length is not run over
         short = ready & (table.computed >= table.capacity)
-        if short.any():
+        if np.count_nonzero(short):
             self._grow(draft, ready, short, now)
-        slots = np.flatnonzero(ready)
+        slots: NDArray[np.int64] = ready.nonzero()[0]
         if len(slots) > draft.budget:
             # more rows than a step may hold: those that have waited longest
             slots = np.sort(slots[np.argsort(table.last_step[slots], kind="stable")[: draft.budget]])
@@ -202,14 +202,22 @@ class Planner:
         batch, table = self._batch, self._batch.table
         number = batch.last_sent + 1
         slots, counts, sampled = decode, self._ones[: len(decode)], decode
+        # a decode row has computed all but the last of its planned tokens
+        planned = table.planned[decode]
+        context = int(planned.sum())
+        table.computed[decode] = planned
+        table.planned[decode] = planned + 1
         if draft.rows:
             rows = sorted(draft.rows, key=lambda row: row[1] > 1)  # stable: rows of one token first
-            slots = np.concatenate((decode, np.array([row[0] for row in rows], np.int64)))
-            counts = np.concatenate((counts, np.array([row[1] for row in rows], np.int32)))
-            sampled = np.concatenate((decode, np.array([row[0] for row in rows if row[2]], np.int64)))
-        computed = table.computed[slots] + counts
-        table.computed[slots] = computed
-        table.planned[sampled] += 1
+            known, known_counts = np.array([row[0] for row in rows]), np.array([row[1] for row in rows], np.int32)
+            known_sampled = np.array([row[0] for row in rows if row[2]], np.int64)
+            computed = table.computed[known] + known_counts
+            table.computed[known] = computed
+            context += int(computed.sum())
+            table.planned[known_sampled] += 1
+            slots = np.concatenate((decode, known))
+            counts = np.concatenate((counts, known_counts))
+            sampled = np.concatenate((decode, known_sampled))
         leases = table.lease[slots]
         record = InFlight(
             number=number,
@@ -219,7 +227,7 @@ class Planner:
             sampled_leases=leases if sampled is slots else table.lease[sampled],
             prefill_tokens=sum(row[1] for row in draft.rows),
             rows=len(decode),
-            context=int(computed.sum()),
+            context=context,
         )
         if draft.admit:
             seated = [admit.slot for admit in draft.admit]

@@ -41,7 +41,7 @@ class RequestTable:
         self.rank = np.zeros(slots, np.float64)
         self.last_step = np.zeros(slots, np.int64)  # the last step that named it
         self.protected_until = np.zeros(slots, np.int64)  # resumed: no victim before it is longer than this
-        self.stops = np.full((slots, 1), -1, np.int32)
+        self.stops = np.full((1, slots), -1, np.int32)  # one row for the first stop id of each, one for the second, ..
         self.has_stops = False  # whether any row so far had stop ids
         self.many_stops: dict[int, frozenset[int]] = {}
         self.tokens = np.zeros((slots, FIRST_WIDTH), np.int32)
@@ -52,7 +52,7 @@ class RequestTable:
     def fill(self, slot: int, request: Request, computed: int, blocks: list[int]) -> None:
         """Seat `request` in an empty slot. The first `computed` of its tokens are in `blocks` already."""
         known = len(request.tokens)
-        self._make_room(known, len(blocks))
+        self._make_room(len(blocks))
         self._leases += 1
         self.requests[slot] = request
         self.lease[slot] = self._leases
@@ -75,7 +75,7 @@ class RequestTable:
         for column in (self.length, self.planned, self.computed, self.limit, self.capacity, self.lease):
             column[slot] = 0
         if self.has_stops:
-            self.stops[slot] = -1
+            self.stops[:, slot] = -1
             self.many_stops.pop(slot, None)
         self.requests[slot] = None
 
@@ -102,14 +102,13 @@ class RequestTable:
     def grow(self, slots: NDArray[Any], blocks: list[int]) -> None:
         """Give each of `slots` one more block."""
         at = self.capacity[slots] // self.block_size
-        self._make_room(0, int(at.max()) + 1)
+        self._make_room(int(at.max()) + 1)
         self.blocks[slots, at] = blocks
         self.capacity[slots] += self.block_size
 
     def append(self, slots: NDArray[Any], tokens: NDArray[np.int32]) -> NDArray[np.int64]:
         """Write one more known token for each of `slots`; returns the lengths before."""
         at: NDArray[np.int64] = self.length[slots]
-        self._make_room(int(at.max()) + 1, 0)
         self.tokens[slots, at] = tokens
         self.length[slots] = at + 1
         return at
@@ -118,13 +117,16 @@ class RequestTable:
         self, slots: NDArray[Any], tokens: NDArray[np.int32], lengths: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
         """For each row: is `tokens[i]`, which made it `lengths[i]` long, one that ends it?"""
-        hits: NDArray[np.bool_] = (self.stops[slots] == tokens[:, None]).any(axis=1)
+        # a column at a time: reducing short rows would cost more than comparing them
+        hits: NDArray[np.bool_] = self.stops[0, slots] == tokens
+        for column in self.stops[1:]:
+            hits |= column[slots] == tokens
         if self.many_stops:
             for row, slot in enumerate(slots.tolist()):
                 ids = self.many_stops.get(slot)
                 if ids is not None and int(tokens[row]) in ids:
                     hits[row] = True
-        if hits.any():
+        if np.count_nonzero(hits):
             hits &= lengths > self.stop_from[slots]
         return hits
 
@@ -133,13 +135,14 @@ class RequestTable:
         if len(ids) > MAX_STOP_COLUMNS:
             self.many_stops[slot] = frozenset(ids)
             return
-        if len(ids) > self.stops.shape[1]:
-            wider = np.full((self.slots, len(ids)), -1, np.int32)
-            wider[:, : self.stops.shape[1]] = self.stops
-            self.stops = wider
-        self.stops[slot, : len(ids)] = ids
+        if len(ids) > len(self.stops):
+            more = np.full((len(ids) - len(self.stops), self.slots), -1, np.int32)
+            self.stops = np.concatenate((self.stops, more))
+        self.stops[: len(ids), slot] = ids
 
-    def _make_room(self, tokens: int, blocks: int) -> None:
+    def _make_room(self, blocks: int) -> None:
+        """For a row of so many blocks, and the tokens that go with them: the last one known is not in a block yet."""
+        tokens = blocks * self.block_size + 1
         if tokens > self.tokens.shape[1]:
             self.tokens = _widened(self.tokens, tokens)
         if blocks > self.blocks.shape[1]:
