@@ -1,7 +1,7 @@
-"""The detokenizer's process: tokens in, text out, for all streams of an engine.
+"""The detokenizer's process: tokens in, text out, for all streams of one frontend.
 
 Owns the loop around `DetokenizerCore`: receive, hand in, send out; keep and merge what can't be sent yet. Must not
-know how text is made. Speaks to the scheduler (`tokens` in, `requests` out) and to the frontends (`text` out).
+know how text is made. Speaks to the scheduler (`tokens` in, `requests` out) and to its frontend (`text` out).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ..protocol.config import EngineConfig
 from ..protocol.endpoints import Endpoints
 from ..protocol.errors import ProtocolError
 from ..protocol.messages import Deliver, StopFound
+from ..protocol.names import index_of
 from .detokenizer_core import DetokenizerCore, Effect, Send
 from .outbox import Outbox
 from .vocabulary import Vocabulary, load_vocabulary
@@ -35,8 +36,9 @@ RETRY_SECONDS = 0.005  # between two tries to send to a frontend that is full
 def run(config: EngineConfig, endpoints: Endpoints, wire: Wire, control: Control) -> None:
     """The detokenizer's process: until the supervisor orders it to stop, and then until every stream has ended or
     the drain time is over. Raises `StartupError` if there is no tokenizer to load."""
-    tokens = wire.bind_pull(endpoints.tokens, hwm=TOKENS_HWM)
-    text = wire.bind_router(endpoints.text, hwm=TEXT_HWM)
+    index = index_of(control.actor)
+    tokens = wire.bind_pull(endpoints.tokens_of(index), hwm=TOKENS_HWM)
+    text = wire.bind_router(endpoints.text_of(index), hwm=TEXT_HWM)
     requests = wire.dealer(endpoints.requests, control.actor, hwm=REQUESTS_HWM)
     control.progress("loading the tokenizer")
     started = time.monotonic()

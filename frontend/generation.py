@@ -18,6 +18,7 @@ from ..protocol.errors import InvalidRequest, NotFound
 from ..protocol.messages import EngineInfo
 from .engine_link import EngineLink
 from .logprobs import TokenLogprobs, prompt_positions
+from .siblings import Siblings
 from .sse import unless_gone
 from .stream import Piece, Stream
 from .submission import Request
@@ -35,6 +36,7 @@ class Api:
     link: EngineLink
     tokenizer: Tokenizer | None
     defaults: Mapping[str, float | int]
+    siblings: Siblings
     started: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, name: str | None) -> None:

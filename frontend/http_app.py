@@ -5,6 +5,7 @@ Owns the FastAPI application; the two generating routes are in `completions.py` 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
@@ -25,6 +26,7 @@ from .engine_link import EngineLink
 from .errors_http import INTERNAL, MethodNotAllowed, PayloadTooLarge, error_headers, error_object
 from .generation import Api, Call, check_request_id, new_request_id
 from .schemas import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse_body
+from .siblings import Siblings
 from .sse import ClientGone, json_bytes
 from .tokenizer import Tokenizer
 
@@ -32,7 +34,7 @@ log = logging.getLogger(__name__)
 access = logging.getLogger("fast_inference.access")
 
 MAX_BODY_BYTES = 32 << 20
-SCRAPE_SECONDS = 0.5  # how long /metrics waits for the scheduler
+SCRAPE_SECONDS = 0.5  # how long /metrics waits for the scheduler and for the other frontends
 OPEN_PATHS = ("/health", "/ping")  # without a key: probes have none
 CLIENT_CLOSED = 499  # what the access log says of a client that left; it is never sent
 
@@ -40,11 +42,16 @@ B = TypeVar("B", bound=Body)
 
 
 def make_app(
-    config: EngineConfig, link: EngineLink, tokenizer: Tokenizer | None, defaults: dict[str, float | int]
+    config: EngineConfig,
+    link: EngineLink,
+    tokenizer: Tokenizer | None,
+    defaults: dict[str, float | int],
+    siblings: Siblings,
 ) -> ASGIApp:
-    """The application. `defaults`: sampling values for what a request leaves open."""
+    """The application. `defaults`: sampling values for what a request leaves open; `siblings`: the other frontends of
+    the port."""
     app = FastAPI(title="fast_inference", version=version("fast-inference"))
-    api = Api(config, link, tokenizer, defaults)
+    api = Api(config, link, tokenizer, defaults, siblings)
     _add_errors(app)
     _add_generation(app, api)
     _add_text(app, api)
@@ -221,12 +228,13 @@ def _add_state(app: FastAPI, api: Api) -> None:
 
     @app.get("/load")
     async def load() -> Response:
-        return _json({"server_load": len(api.link.table)})
+        others = await api.siblings.figures(SCRAPE_SECONDS)
+        return _json({"server_load": len(api.link.table) + sum(figures.live for figures in others)})
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        stats = await api.link.stats(SCRAPE_SECONDS)
-        page = api.link.metrics.page(stats, api.link.info)
+        stats, others = await asyncio.gather(api.link.stats(SCRAPE_SECONDS), api.siblings.figures(SCRAPE_SECONDS))
+        page = api.link.metrics.page(stats, api.link.info, others)
         return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def health() -> Response:

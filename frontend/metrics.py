@@ -1,7 +1,9 @@
 """What a scrape of /metrics shows: vLLM's names under the prefix `fast_inference:`.
 
-Owns this frontend's histograms and the page's text; gauges and totals come from the scheduler's `Stats`, handed in.
-Must not know sockets or HTTP. Observing is vectorised: one call a batch of text, not one a token.
+Owns this frontend's histograms and the page's text; gauges and totals come from the scheduler's `Stats`, what the
+other frontends of the port have counted from their `FrontendFigures`, both handed in: the page is that of the whole
+engine, whichever frontend is asked. Must not know sockets or HTTP. Observing is vectorised: one call a batch of text,
+not one a token.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from ..protocol.config import EngineConfig
-from ..protocol.messages import EngineInfo, Stats, StreamEnd
+from ..protocol.messages import Distribution, EngineInfo, FrontendFigures, Stats, StreamEnd
 from .submission import Request
 from .table import Delivery
 
@@ -65,6 +67,19 @@ class Histogram:
         self._counts += np.bincount(places, minlength=len(self._counts))
         self._sum += float(flat.sum())
 
+    @property
+    def distribution(self) -> Distribution:
+        return Distribution(counts=self._counts.copy(), sum=self._sum)
+
+    def plus(self, others: Iterable[Distribution]) -> Histogram:
+        """One that has counted the others' values too. Those with other buckets than its own are passed over."""
+        out = Histogram(self._bounds.tolist())
+        for one in (self.distribution, *others):
+            if len(one.counts) == len(out._counts):
+                out._counts += one.counts
+                out._sum += one.sum
+        return out
+
     def buckets(self) -> list[tuple[str, float]]:
         names = [repr(b) for b in self._bounds.tolist()] + ["+Inf"]
         return list(zip(names, np.cumsum(self._counts).astype(float).tolist(), strict=True))
@@ -84,6 +99,7 @@ class Metrics:
         self._finished = dict.fromkeys(REASONS, 0)
         self._stats = Stats()
         self._info: EngineInfo | None = None
+        self._others: Sequence[FrontendFigures] = ()
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_Page(self.collect))
 
@@ -123,9 +139,14 @@ class Metrics:
         self._histograms["request_generation_tokens"].observe(end.completion_tokens)
         self._histograms["request_num_preemptions"].observe(end.preemptions)
 
-    def page(self, stats: Stats, info: EngineInfo | None) -> bytes:
-        """The text of /metrics, with the scheduler's `stats` of this moment."""
-        self._stats, self._info = stats, info
+    def figures(self, live: int, token: int = 0) -> FrontendFigures:
+        """What this frontend has counted. `live`: how many sequences of its own run."""
+        histograms = {name: histogram.distribution for name, histogram in self._histograms.items()}
+        return FrontendFigures(token=token, live=live, finished=dict(self._finished), histograms=histograms)
+
+    def page(self, stats: Stats, info: EngineInfo | None, others: Sequence[FrontendFigures] = ()) -> bytes:
+        """The text of /metrics, with the scheduler's `stats` of this moment and the other frontends' figures."""
+        self._stats, self._info, self._others = stats, info, others
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
@@ -135,7 +156,8 @@ class Metrics:
         names, values = list(self._labels), list(self._labels.values())
         for name, (text, _) in _HISTOGRAMS.items():
             family = HistogramMetricFamily(PREFIX + name, text, labels=names)
-            histogram = self._histograms[name]
+            others = [figures.histograms[name] for figures in self._others if name in figures.histograms]
+            histogram = self._histograms[name].plus(others)
             family.add_metric(values, histogram.buckets(), histogram.sum)
             yield family
 
@@ -189,7 +211,8 @@ class Metrics:
             PREFIX + "request_success", "Sequences that ended, by reason.", labels=[*names, "finished_reason"]
         )
         for reason, count in self._finished.items():
-            ended.add_metric([*values, reason], count)
+            total = count + sum(figures.finished.get(reason, 0) for figures in self._others)
+            ended.add_metric([*values, reason], total)
         yield ended
 
 

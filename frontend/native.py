@@ -24,6 +24,7 @@ from ..protocol.messages import (
     Cancel,
     ClientHello,
     Generate,
+    GetFigures,
     GetStats,
     Message,
     Refused,
@@ -88,6 +89,8 @@ class NativeServer:
                 self._cancel(peer, key)
         elif isinstance(message, GetStats):
             self._start(self._answer_stats(peer, message.token))
+        elif isinstance(message, GetFigures):
+            self._to(peer, self._link.metrics.figures(len(self._link.table), message.token))
         else:
             self._refuse(peer, -1, ProtocolError(f"a client may not send {type(message).__name__}"))
 

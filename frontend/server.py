@@ -17,19 +17,22 @@ import uvicorn
 import uvloop
 
 from ..protocol.actor import Control
-from ..protocol.channel import AsyncReader, Wire
+from ..protocol.channel import AsyncReader, Wire, ZmqSocket
 from ..protocol.config import EngineConfig
 from ..protocol.endpoints import Endpoints
 from ..protocol.errors import EngineDead
+from ..protocol.names import frontend, index_of
 from .engine_link import EngineLink
 from .metrics import Metrics
 from .native import CLIENT_HWM, NativeServer
+from .siblings import Siblings
 from .tokenizer import Tokenizer, eos_token_ids, hide_torch, load_tokenizer, sampling_defaults
 
 log = logging.getLogger(__name__)
 
 REQUESTS_HWM = 100_000  # messages to the scheduler; its own limit on waiting requests is far below
 TEXT_HWM = 10_000
+SIBLING_HWM = 16  # questions to another frontend
 TICK_SECONDS = 1.0
 BACKLOG_SECONDS = 0.05  # how often messages that a slow native client could not take are tried again
 CLOSE_SECONDS = 2.0  # for open HTTP responses to end once their streams have
@@ -71,24 +74,26 @@ class _Frontend:
 
     async def serve(self, http_socket: socket.socket | None) -> None:
         config, wire, name = self._config, self._wire, self._control.actor
+        index = index_of(name)
         eos = eos_token_ids(config.model, self._tokenizer)
         requests: AsyncReader
         link = EngineLink(name, lambda m: requests.send(m), Metrics(config), eos, generation=int(time.time()))
         requests = AsyncReader(wire.dealer(self._endpoints.requests, name, hwm=REQUESTS_HWM), link.on_scheduler)
-        text = AsyncReader(wire.dealer(self._endpoints.text, name, hwm=TEXT_HWM), link.on_text)
+        text = AsyncReader(wire.dealer(self._endpoints.text_of(index), name, hwm=TEXT_HWM), link.on_text)
         clients: AsyncReader
         native = NativeServer(link, self._tokenizer, lambda m, to: clients.send(m, to))
-        router = wire.bind_router(self._endpoints.client, hwm=CLIENT_HWM)
-        if config.client_endpoint:
+        router = wire.bind_router(self._endpoints.client_of(index), hwm=CLIENT_HWM)
+        if config.client_endpoint and index == 0:
             wire.also_bind(router, config.client_endpoint)
         clients = AsyncReader(router, native.on_message)
+        siblings = Siblings(self._sibling_links(wire, name))
 
         loop = asyncio.get_running_loop()
         control_fd = self._control.socket.raw.fileno()
         loop.add_reader(control_fd, self._turn)
         ticks = [loop.create_task(self._every(TICK_SECONDS, self._turn, link.tick, native.prune)),
                  loop.create_task(self._every(BACKLOG_SECONDS, native.tick))]  # fmt: skip
-        http = None if http_socket is None else await self._start_http(link, http_socket)
+        http = None if http_socket is None else await self._start_http(link, siblings, http_socket)
         try:
             if await self._until_ready(link):
                 self._control.ready(port=http_socket.getsockname()[1] if http_socket else 0)
@@ -104,10 +109,18 @@ class _Frontend:
             for task in ticks:
                 task.cancel()
             loop.remove_reader(control_fd)
+            siblings.close()
             for reader in (requests, text, clients):
                 reader.close()
             if self._tokenizer is not None:
                 self._tokenizer.close()
+
+    def _sibling_links(self, wire: Wire, name: str) -> dict[str, ZmqSocket]:
+        """A link to each other frontend of the port, as one of that one's clients."""
+        others = {frontend(i): self._endpoints.client_of(i) for i in range(self._config.api_server_count)}
+        return {
+            other: wire.dealer(endpoint, name, hwm=SIBLING_HWM) for other, endpoint in others.items() if other != name
+        }
 
     async def _until_ready(self, link: EngineLink) -> bool:
         """Wait until the engine is known; False if the order to stop came first."""
@@ -119,11 +132,11 @@ class _Frontend:
         return link.ready.is_set() and not self._stopping.is_set()
 
     async def _start_http(
-        self, link: EngineLink, http_socket: socket.socket
+        self, link: EngineLink, siblings: Siblings, http_socket: socket.socket
     ) -> tuple[uvicorn.Server, asyncio.Task[None]]:
         from .http_app import make_app
 
-        app = make_app(self._config, link, self._tokenizer, sampling_defaults(self._config.model))
+        app = make_app(self._config, link, self._tokenizer, sampling_defaults(self._config.model), siblings)
         server = _HttpServer(
             uvicorn.Config(
                 app,

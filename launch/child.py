@@ -23,16 +23,11 @@ from ..protocol.channel import Wire
 from ..protocol.config import EngineConfig
 from ..protocol.endpoints import Endpoints
 from ..protocol.errors import EngineError
+from ..protocol.names import DETOKENIZER, EXECUTOR, MAX_FRONTENDS, SCHEDULER, actors, kind_of
 from . import logs, rundir
 
 if TYPE_CHECKING:
     import torch
-
-SCHEDULER = "scheduler"
-EXECUTOR = "executor"
-DETOKENIZER = "detokenizer"
-FRONTEND = "frontend-0"
-ROLES = (SCHEDULER, EXECUTOR, DETOKENIZER, FRONTEND)
 
 # OpenMP's idle threads: how often they look for work before they sleep. A thread that spins long takes a core from the
 # other actors (10,000: a token takes five times as long beside one busy process); one that sleeps at once has to be
@@ -73,7 +68,7 @@ def run_actor(
     """Run one actor to its end, in this thread.
 
     Args:
-        role: one of `ROLES`.
+        role: one of `names.actors`.
         http_socket: the frontend's listening socket.
         model: the executor's live module, where there is one.
 
@@ -115,7 +110,7 @@ def _run(
         from ..executor import process as executor
 
         executor.run(config, endpoints, wire, control, model=model)
-    elif role == DETOKENIZER:
+    elif kind_of(role) == DETOKENIZER:
         from ..frontend import detokenizer
 
         detokenizer.run(config, endpoints, wire, control)
@@ -128,7 +123,7 @@ def _run(
 def main(arguments: list[str] | None = None) -> int:
     """Be one actor's process."""
     parser = argparse.ArgumentParser(prog="fast_inference.launch.child", description=__doc__)
-    parser.add_argument("role", choices=ROLES)
+    parser.add_argument("role", choices=actors(MAX_FRONTENDS), metavar="ROLE")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--http-fd", type=int)
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""The HTTP server's listening socket, taken before anything else starts.
+"""The HTTP server's listening sockets, taken before anything else starts.
 
 Owns binding and the words for what can go wrong with it; must not know HTTP.
 """
@@ -13,25 +13,36 @@ from ..protocol.errors import StartupError
 BACKLOG = 2048
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Listen on `host`:`port` (0: a free port). Raises `StartupError` if that can't be had.
+def listen(host: str, port: int, count: int = 1) -> list[socket.socket]:
+    """Listen on `host`:`port` (0: a free port) with `count` sockets, among which the kernel shares out connections.
+    Raises `StartupError` if the port can't be had.
 
     Listening, not only binding: that is what keeps a second engine off the port while this one loads. Who connects
-    meanwhile waits for the frontend.
+    meanwhile waits for the frontends.
     """
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
         raise StartupError(f"can't listen on host {host!r}: {error.strerror}") from None
-    sock = socket.socket(family, kind)
+    sockets: list[socket.socket] = []
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an engine just stopped linger
-        sock.bind(address)
-        sock.listen(BACKLOG)
+        for _ in range(count):
+            sock = socket.socket(family, kind)
+            sockets.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an engine just stopped linger
+            if len(sockets) > 1:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            sock.bind(address)
+            if len(sockets) == 1 < count:
+                # Shared only once it is bound: so a port that any other engine holds is refused, shared or not.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                address = sock.getsockname()
+            sock.listen(BACKLOG)
     except OSError as error:
-        sock.close()
+        for sock in sockets:
+            sock.close()
         raise StartupError(_reason(error, host, port)) from None
-    return sock
+    return sockets
 
 
 def url_of(sock: socket.socket, host: str) -> str:

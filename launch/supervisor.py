@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 from ..protocol.config import EngineConfig
 from ..protocol.endpoints import Endpoints
 from ..protocol.errors import EngineDead, EngineError, StartupError
+from ..protocol.names import DETOKENIZER, EXECUTOR, FRONTEND, SCHEDULER, actors, index_of, kind_of
 from .actors import Actor, ProcessActor, ThreadActor
-from .child import DETOKENIZER, EXECUTOR, FRONTEND, ROLES, SCHEDULER, run_actor
+from .child import run_actor
 from .crew import Bell, Crew, Event, any_alive
 from .listener import listen, url_of
 from .rundir import RunDir
@@ -98,7 +99,7 @@ class Supervisor:
         self._stop_asked = False
         self._hurry = False
         self._drain_seconds = 0.0
-        self._http: socket.socket | None = None
+        self._http: list[socket.socket] = []  # one for each frontend
 
     def start(self) -> None:
         """Take the port and the run directory and start the actors; returns at once.
@@ -106,8 +107,8 @@ class Supervisor:
         Raises: `StartupError` if the port is taken or no run directory can be made.
         """
         if self.config.port is not None:
-            self._http = listen(self.config.host, self.config.port)
-            self.url = url_of(self._http, self.config.host)
+            self._http = listen(self.config.host, self.config.port, self.config.api_server_count)
+            self.url = url_of(self._http[0], self.config.host)
         try:
             self._run_dir = RunDir(self.config, self.url)
             self._write_config()
@@ -207,9 +208,9 @@ class Supervisor:
                 self._end()
 
     def _live(self) -> None:
-        for role in ROLES:
+        for role in actors(self.config.api_server_count):
             self._crew.add(self._launch(role))
-        self._close_http()  # the frontend's alone now: when it stops listening, nobody does
+        self._close_http()  # the frontends' alone now: when it stops listening, nobody does
         while not self._stop_asked:
             self._crew.turn(TURN_SECONDS)
             kind = StartupError if self.state is State.STARTING else EngineDead
@@ -223,10 +224,9 @@ class Supervisor:
         if role == EXECUTOR and self._model is not None:
             model = self._model
             return ThreadActor(role, lambda: run_actor(role, self.config, self.endpoints, model=model), self._bell.ring)
-        http = self._http if role == FRONTEND else None
-        fds = () if http is None else (http.fileno(),)
-        command = self._command(role, self._run_dir.path, None if http is None else http.fileno())
-        return ProcessActor(role, command, self._bell.ring, fds)
+        http = self._http[index_of(role)].fileno() if self._http and kind_of(role) == FRONTEND else None
+        command = self._command(role, self._run_dir.path, http)
+        return ProcessActor(role, command, self._bell.ring, () if http is None else (http,))
 
     def _look_whether_ready(self) -> None:
         waiting = [role for role, actor in self._crew.actors.items() if actor.ready is None]
@@ -253,27 +253,26 @@ class Supervisor:
             self._ended.set()
 
     def _stop_actors(self) -> None:
-        actors = self._crew.actors
+        everyone = list(self._crew.actors.values())
         # Who isn't ready has no work to finish, and may be deep in loading, where it hears no order.
-        unready = [actor for actor in actors.values() if actor.ready is None]
+        unready = [actor for actor in everyone if actor.ready is None]
         for actor in unready:
             if not isinstance(actor, ProcessActor):
                 self._crew.order_stop(actor, 0.0)
             actor.terminate()
-        for actor in (actors[role] for role in STOP_ORDER if role in actors):
-            if actor in unready or actor.status is not None:
-                continue
-            drain = self._drain_seconds if actor.role == FRONTEND and self.failure is None else 0.0
-            if not self._hurry and self._crew.order_stop(actor, drain):
-                self._await_end([actor], drain + STOP_SECONDS)
-            actor.terminate()
-        everyone = list(actors.values())
+        for kind in STOP_ORDER:
+            drain = self._drain_seconds if kind == FRONTEND and self.failure is None else 0.0
+            group = [a for a in everyone if kind_of(a.role) == kind and a not in unready and a.status is None]
+            told = [actor for actor in group if not self._hurry and self._crew.order_stop(actor, drain)]
+            self._await_end(told, drain + STOP_SECONDS)
+            for actor in group:
+                actor.terminate()
         self._await_end(everyone, TERMINATE_SECONDS)
         for actor in everyone:
             actor.kill()
         self._hurry = False
         self._await_end(everyone, TERMINATE_SECONDS)
-        for actor in actors.values():
+        for actor in everyone:
             if actor.status is None:
                 log.error("%s (process %d) can't be stopped", actor.role, actor.pid)
 
@@ -283,6 +282,6 @@ class Supervisor:
             self._crew.turn(min(left, TURN_SECONDS))
 
     def _close_http(self) -> None:
-        if self._http is not None:
-            self._http.close()
-            self._http = None
+        for http in self._http:
+            http.close()
+        self._http = []

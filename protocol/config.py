@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 from .errors import InvalidRequest
+from .names import MAX_FRONTENDS
 
 
 class SchedulerPolicy(StrEnum):
@@ -61,6 +62,7 @@ class EngineConfig:
 
     host: str = "127.0.0.1"  # where the HTTP server listens
     port: int | None = 8000  # None: no HTTP server
+    api_server_count: int = 1  # frontend processes on the port, each with a detokenizer of its own
     api_key: str | None = None  # what HTTP clients must send as their bearer token
     chat_template: str | None = None  # a file's path or the template itself
     start_timeout: float = 600.0  # seconds until every actor must be ready
@@ -115,6 +117,7 @@ def _check(c: EngineConfig) -> None:
     within("run_ahead", 1, 8)
     within("max_num_queued_reqs", 1, 2**31 - 1)
     within("port", 0, 65535)
+    within("api_server_count", 1, MAX_FRONTENDS)
     within("start_timeout", 1, 86400)
     within("shutdown_timeout", 0, 86400)
     if not c.enable_chunked_prefill and c.max_model_len is not None and c.max_num_batched_tokens < c.max_model_len:

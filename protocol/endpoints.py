@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import StartupError
+from .names import MAX_FRONTENDS
 
 # sun_path holds 108 bytes with its closing zero; ZeroMQ reports a longer one only as "invalid argument".
 MAX_IPC_PATH = 107
@@ -38,7 +39,7 @@ def make_run_dir() -> Path:
         raise StartupError(f"{root} belongs to another user: set FAST_INFERENCE_HOME to a folder of your own")
     root.chmod(0o700)
     path = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=root))
-    longest = len(os.fsencode(path / "requests.sock"))
+    longest = len(os.fsencode(path / f"tokens-{MAX_FRONTENDS - 1}.sock"))
     if longest > MAX_IPC_PATH:
         path.rmdir()
         raise StartupError(
@@ -54,8 +55,8 @@ class Endpoints:
 
     run_dir: str
 
-    def _ipc(self, name: str) -> str:
-        return f"ipc://{self.run_dir}/{name}.sock"
+    def _ipc(self, name: str, index: int = 0) -> str:
+        return f"ipc://{self.run_dir}/{name}{f'-{index}' if index else ''}.sock"
 
     @property
     def control(self) -> str:
@@ -64,7 +65,7 @@ class Endpoints:
 
     @property
     def requests(self) -> str:
-        """Scheduler binds ROUTER, frontends and the detokenizer connect DEALER."""
+        """Scheduler binds ROUTER, frontends and detokenizers connect DEALER."""
         return self._ipc("requests")
 
     @property
@@ -77,20 +78,22 @@ class Endpoints:
         """Scheduler binds PULL, executor connects PUSH."""
         return self._ipc("results")
 
-    @property
-    def tokens(self) -> str:
-        """Detokenizer binds PULL, scheduler connects PUSH."""
-        return self._ipc("tokens")
+    def tokens_of(self, index: int) -> str:
+        """Detokenizer `index` binds PULL, scheduler connects PUSH."""
+        return self._ipc("tokens", index)
 
-    @property
-    def text(self) -> str:
-        """Detokenizer binds ROUTER, frontends connect DEALER."""
-        return self._ipc("text")
+    def text_of(self, index: int) -> str:
+        """Detokenizer `index` binds ROUTER, the frontend of that number connects DEALER."""
+        return self._ipc("text", index)
+
+    def client_of(self, index: int) -> str:
+        """Frontend `index` binds ROUTER, native clients and the other frontends connect DEALER."""
+        return self._ipc("client", index)
 
     @property
     def client(self) -> str:
-        """Frontend binds ROUTER, native clients connect DEALER."""
-        return self._ipc("client")
+        """Where a native client looks: at the first frontend."""
+        return self.client_of(0)
 
     @property
     def config_file(self) -> Path:

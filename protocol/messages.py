@@ -396,6 +396,34 @@ class Refused:
     retry_after: float | None = None
 
 
+# ---- between the frontends of one port -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetFigures:
+    """A frontend asks another, over that one's `client` link, for what it has counted; `token` comes back."""
+
+    token: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distribution:
+    """One histogram: how many values fell into each of its buckets (the last has no upper bound), and their sum."""
+
+    counts: Int64
+    sum: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontendFigures:
+    """What one frontend has counted since its start: its share of what /metrics shows of the whole engine."""
+
+    token: int = 0
+    live: int = 0  # sequences that have not ended
+    finished: dict[str, int] = field(default_factory=dict)  # sequences by reason
+    histograms: dict[str, Distribution] = field(default_factory=dict)  # by metric name, without the prefix
+
+
 # ---- the control link: between every actor and the supervisor ----------------------------------------------------
 
 
@@ -471,6 +499,8 @@ Message = (
     | Cancel
     | Accepted
     | Refused
+    | GetFigures
+    | FrontendFigures
     | Hello
     | Progress
     | Ready

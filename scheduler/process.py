@@ -1,8 +1,8 @@
 """The scheduler process: the loop around `core.py`.
 
 Owns the sockets of the scheduler and what cannot be sent at once; must not know how anything is decided. Speaks to
-frontends and the detokenizer (`requests`, ROUTER), the executor (`steps`, `results`), the detokenizer (`tokens`) and
-the supervisor (control).
+frontends and detokenizers (`requests`, ROUTER), the executor (`steps`, `results`), the detokenizers (`tokens`) and the
+supervisor (control).
 
 What happens at a full queue: `steps` never fills, since no more steps are in flight than it holds; what `tokens`
 has no room for is merged into the next `Deliver`; a reply to a frontend is kept and sent later, and dropped with a
@@ -15,7 +15,7 @@ import gc
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..protocol.actor import Control
 from ..protocol.channel import PeerGone, Socket, Wire
@@ -24,7 +24,7 @@ from ..protocol.endpoints import Endpoints
 from ..protocol.errors import ProtocolError
 from ..protocol.messages import Deliver, Message, Step
 from .core import DETOKENIZER, EXECUTOR, Effect, Log, SchedulerCore
-from .delivery import merge
+from .fanout import Fanout
 
 logger = logging.getLogger(__name__)
 
@@ -51,23 +51,22 @@ class Shell:
         requests: Socket,
         results: Socket,
         steps: Socket,
-        tokens: Socket,
+        tokens: Sequence[Socket],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.core = core
         self._requests = requests
         self._results = results
         self._steps = steps
-        self._tokens = tokens
+        self._tokens = Fanout(tokens)
         self._clock = clock
-        self._held: Deliver | None = None  # for the detokenizer
         self._replies: deque[tuple[str, Message]] = deque()  # for frontends
         self._unsent: deque[Step] = deque()  # for the executor
 
     @property
     def held_back(self) -> bool:
         """Whether something waits for room in a queue."""
-        return self._held is not None or bool(self._replies) or bool(self._unsent)
+        return self._tokens.holds_back or bool(self._replies) or bool(self._unsent)
 
     def turn(self) -> bool:
         """One round: results first, since a device waits behind them and a reader before them; then a portion of
@@ -94,7 +93,7 @@ class Shell:
             if isinstance(effect, Log):
                 logger.log(logging.getLevelNamesMapping()[effect.level.upper()], effect.text)
             elif effect.to == DETOKENIZER and isinstance(effect.message, Deliver):
-                self._deliver(effect.message)
+                self._tokens.deliver(effect.message)
             elif self._replies or not self._reply(effect.to, effect.message):
                 self._replies.append((effect.to, effect.message))
 
@@ -109,12 +108,6 @@ class Shell:
             if not self._steps.send(step):
                 self._unsent.append(step)
 
-    def _deliver(self, message: Deliver) -> None:
-        if self._held is not None:
-            self._held = merge(self._held, message)
-        elif not self._tokens.send(message):
-            self._held = message
-
     def _reply(self, to: str, message: Message) -> bool:
         try:
             return self._requests.send(message, to)
@@ -123,8 +116,7 @@ class Shell:
             return True
 
     def _send_held(self) -> None:
-        if self._held is not None and self._tokens.send(self._held):
-            self._held = None
+        self._tokens.flush()
         while self._unsent and self._steps.send(self._unsent[0]):
             self._unsent.popleft()
         while self._replies and self._reply(*self._replies[0]):
@@ -136,7 +128,7 @@ def run(config: EngineConfig, endpoints: Endpoints, wire: Wire, control: Control
     requests = wire.bind_router(endpoints.requests, hwm=REQUESTS_HWM)
     results = wire.bind_pull(endpoints.results, hwm=RESULTS_HWM)
     steps = wire.push(endpoints.steps, hwm=STEPS_HWM)
-    tokens = wire.push(endpoints.tokens, hwm=TOKENS_HWM)
+    tokens = [wire.push(endpoints.tokens_of(i), hwm=TOKENS_HWM) for i in range(config.api_server_count)]
     core = SchedulerCore(config)
     shell = Shell(core, requests=requests, results=results, steps=steps, tokens=tokens)
     sockets = (results, requests, control.socket)
@@ -165,4 +157,4 @@ def run(config: EngineConfig, endpoints: Endpoints, wire: Wire, control: Control
         shell.turn()
         wire.wait((control.socket,), RETRY_SECONDS)
     if shell.held_back:
-        logger.error("the detokenizer did not take the last words of the scheduler within %g s", LAST_WORDS_SECONDS)
+        logger.error("a detokenizer did not take the last words of the scheduler within %g s", LAST_WORDS_SECONDS)

@@ -13,6 +13,7 @@ import httpx
 from fast_inference.frontend.engine_link import EngineLink
 from fast_inference.frontend.http_app import make_app
 from fast_inference.frontend.metrics import Metrics
+from fast_inference.frontend.siblings import Siblings
 from fast_inference.frontend.tokenizer import Tokenizer
 from fast_inference.protocol.config import EngineConfig
 from starlette.types import ASGIApp
@@ -57,12 +58,13 @@ async def serving(
     config: EngineConfig | None = None,
     defaults: dict[str, float | int] | None = None,
     attached: bool = True,
+    siblings: Siblings | None = None,
 ) -> AsyncIterator[Server]:
     """A running server. `attached`: the engine is known."""
     engine = engine or EngineDouble()
     config = config or EngineConfig(model="double")
     link = EngineLink("frontend-0", engine.send, Metrics(config), eos_token_ids=(1,))
-    app = make_app(config, link, tokenizer, defaults or {})
+    app = make_app(config, link, tokenizer, defaults or {}, siblings or Siblings({}))
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=True)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
         server = Server(app, link, engine, http)

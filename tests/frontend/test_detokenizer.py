@@ -453,8 +453,8 @@ def engine(tmp_path: Path):
     control = Control(inner, endpoints, "detokenizer")
     thread = threading.Thread(target=detokenizer.run, args=(config, endpoints, inner, control))
     thread.start()
-    tokens = wire.push(endpoints.tokens, hwm=1000)
-    frontend = wire.dealer(endpoints.text, FRONTEND, hwm=1000)
+    tokens = wire.push(endpoints.tokens_of(0), hwm=1000)
+    frontend = wire.dealer(endpoints.text_of(0), FRONTEND, hwm=1000)
     yield wire, supervisor, scheduler, tokens, frontend
     supervisor.send(Shutdown(), "detokenizer")
     thread.join(10)

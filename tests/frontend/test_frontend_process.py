@@ -60,7 +60,7 @@ class Behind:
         wire, endpoints = Wire(), Endpoints(str(self.run_dir))
         control = wire.bind_router(endpoints.control, hwm=1000)
         requests = wire.bind_router(endpoints.requests, hwm=1000)
-        text = wire.bind_router(endpoints.text, hwm=1000)
+        text = wire.bind_router(endpoints.text_of(0), hwm=1000)
         next_step = 0.0
         while not self.stop:
             wire.wait([control, requests], 0.002)

@@ -1,7 +1,9 @@
 """The supervisor with stub actors: real processes, no engine."""
 
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -12,7 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 from fast_inference.launch import rundir, supervisor
+from fast_inference.launch.listener import listen
 from fast_inference.launch.supervisor import State, Supervisor
+from fast_inference.protocol import names
 from fast_inference.protocol.config import EngineConfig
 from fast_inference.protocol.errors import EngineDead, StartupError
 from fast_inference.protocol.messages import Ready
@@ -27,13 +31,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     assert not list(tmp_path.glob("run/*")), "a run directory was left behind"
 
 
-def make(lines: list[str], start_timeout: float = 30, **behaviours: str) -> Supervisor:
-    """A supervisor whose actors are good, but for the named ones ("frontend" is frontend-0)."""
+def make(lines: list[str], start_timeout: float = 30, frontends: int = 1, **behaviours: str) -> Supervisor:
+    """A supervisor whose actors are good, but for the named ones (by kind: "frontend" is every frontend)."""
 
     def command(role: str, run_dir: Path, http_fd: int | None) -> list[str]:
         return [sys.executable, str(STUB), behaviours.get(role.split("-")[0], "good"), role, str(run_dir)]
 
-    config = EngineConfig(model="/nowhere", port=None, start_timeout=start_timeout)
+    config = EngineConfig(model="/nowhere", port=None, api_server_count=frontends, start_timeout=start_timeout)
     return Supervisor(config, command=command, on_line=lambda role, line: lines.append(line))
 
 
@@ -65,6 +69,19 @@ def test_start_and_stop_go_in_order_and_leave_nothing(home: Path) -> None:
     assert not alive(engine.pids)
 
 
+def test_all_frontends_drain_together_before_anything_else_stops(home: Path) -> None:
+    lines: list[str] = []
+    engine = make(lines, frontends=2)
+    engine.start()
+    engine.wait_ready()
+    assert set(engine.pids) == set(names.actors(2))
+    engine.stop(drain_seconds=2.5)
+    assert sorted(lines[:2]) == ["frontend-0 stops, drain 2.5", "frontend-1 stops, drain 2.5"]
+    assert lines[2:4] == ["scheduler stops, drain 0.0", "executor stops, drain 0.0"]
+    assert sorted(lines[4:]) == ["detokenizer stops, drain 0.0", "detokenizer-1 stops, drain 0.0"]
+    assert not alive(engine.pids)
+
+
 def test_an_actor_that_dies_at_start_ends_the_engine_with_its_last_line(home: Path) -> None:
     engine = make([], executor="dies")
     engine.start()
@@ -84,7 +101,7 @@ def test_last_words_are_shown_as_they_are(home: Path) -> None:
 def test_an_actor_that_hangs_at_start_meets_the_deadline(home: Path) -> None:
     engine = make([], start_timeout=2, executor="hangs")
     engine.start()
-    with pytest.raises(StartupError, match=r"executor not ready within 2 s"):
+    with pytest.raises(StartupError, match=r"executor.* not ready within 2 s"):
         engine.wait_ready()
     assert not alive(engine.pids)
 
@@ -176,11 +193,36 @@ def test_a_killed_supervisor_takes_its_actors_along(home: Path) -> None:
     rundir.remove_dead()  # what the next start does
 
 
-def test_a_taken_port_is_one_line_and_nothing_starts(home: Path) -> None:
-    from fast_inference.launch.listener import listen
-
-    with listen("127.0.0.1", 0) as taken:
-        port = taken.getsockname()[1]
-        engine = Supervisor(EngineConfig(model="/nowhere", port=port))
+@pytest.mark.parametrize("taken_by", [1, 3])
+@pytest.mark.parametrize("wanted_by", [1, 2])
+def test_a_taken_port_is_one_line_and_nothing_starts(home: Path, taken_by: int, wanted_by: int) -> None:
+    taken = listen("127.0.0.1", 0, taken_by)
+    try:
+        port = taken[0].getsockname()[1]
+        engine = Supervisor(EngineConfig(model="/nowhere", port=port, api_server_count=wanted_by))
         with pytest.raises(StartupError, match=f"port {port} is in use"):
             engine.start()
+    finally:
+        for sock in taken:
+            sock.close()
+
+
+def test_frontends_have_a_socket_each_on_one_port(home: Path) -> None:
+    sockets = listen("127.0.0.1", 0, 3)
+    try:
+        assert len({sock.getsockname() for sock in sockets}) == 1
+        # The kernel draws lots: that one of three gets none of a hundred connections is out of the question.
+        connections = [socket.create_connection(sockets[0].getsockname()) for _ in range(100)]
+        accepted: dict[socket.socket, int] = dict.fromkeys(sockets, 0)
+        while sum(accepted.values()) < 100:
+            ready, _, _ = select.select(sockets, [], [], 30)
+            assert ready, f"of 100 connections these were accepted: {list(accepted.values())}"
+            for sock in ready:
+                sock.accept()[0].close()
+                accepted[sock] += 1
+        assert all(accepted.values())
+        for connection in connections:
+            connection.close()
+    finally:
+        for sock in sockets:
+            sock.close()

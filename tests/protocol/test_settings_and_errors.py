@@ -32,6 +32,8 @@ WRONG = [
     ("max_num_queued_reqs", 0),
     ("port", 65536),
     ("port", True),
+    ("api_server_count", 0),
+    ("api_server_count", 65),
     ("start_timeout", 0),
     ("shutdown_timeout", -1),
 ]
@@ -108,7 +110,9 @@ def test_a_run_directory_too_deep_for_sockets_is_refused_with_what_to_do(tmp_pat
 
 def test_each_link_has_its_own_address(tmp_path: Path):
     endpoints = Endpoints(str(tmp_path))
-    names = ("control", "requests", "steps", "results", "tokens", "text", "client")
-    addresses = [getattr(endpoints, name) for name in names]
-    assert len(set(addresses)) == len(names)
+    addresses = [getattr(endpoints, name) for name in ("control", "requests", "steps", "results")]
+    for of in (endpoints.tokens_of, endpoints.text_of, endpoints.client_of):
+        addresses += [of(index) for index in range(3)]
+    assert len(set(addresses)) == 4 + 3 * 3
     assert all(address.startswith(f"ipc://{tmp_path}/") for address in addresses)
+    assert endpoints.client == endpoints.client_of(0)

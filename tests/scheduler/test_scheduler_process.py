@@ -59,7 +59,7 @@ class Peers:
             requests=requests,
             results=results,
             steps=wire.push("steps", hwm=100),
-            tokens=wire.push("tokens", hwm=100),
+            tokens=[wire.push("tokens", hwm=100)],
             clock=lambda: 1.0,
         )
         self.device = FakeExecutor(make_info())
@@ -153,7 +153,7 @@ def test_the_process_serves_on_real_sockets_and_drains_at_shutdown(endpoints: En
     wire = Wire()
     supervisor = wire.bind_router(endpoints.control, hwm=100)
     steps = wire.bind_pull(endpoints.steps, hwm=100)
-    tokens = wire.bind_pull(endpoints.tokens, hwm=100)
+    tokens = wire.bind_pull(endpoints.tokens_of(0), hwm=100)
 
     def life() -> None:
         own = Wire()
