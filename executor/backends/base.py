@@ -95,3 +95,11 @@ class Backend(Protocol):
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """`gate_up` [T, 2I] -> silu(first half) * second half, [T, I]."""
+
+    def linear_silu_mul(self, linear: Linear, x: Tensor) -> Tensor:
+        """`silu_mul(linear(x))`: one operation, so that a backend may do both at once."""
+
+    def linear_add_norm(
+        self, linear: Linear, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """`linear(x, residual)` in the residual's dtype, and its `rms_norm`: (norm, sum), both [T, out]."""

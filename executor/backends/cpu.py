@@ -147,6 +147,15 @@ class CpuBackend:
         self._of(gate_up).silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, width // 2)
         return out
 
+    def linear_silu_mul(self, linear: Linear, x: Tensor) -> Tensor:
+        return self.silu_mul(linear(x))
+
+    def linear_add_norm(
+        self, linear: Linear, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total = linear(x, residual)
+        return self.rms_norm(total, weight, eps), total
+
     def rope_and_cache(
         self,
         qkv: Tensor,

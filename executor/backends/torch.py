@@ -68,6 +68,15 @@ class TorchBackend:
         gate, up = _wide(gate_up).chunk(2, -1)
         return (functional.silu(gate) * up).to(gate_up.dtype)
 
+    def linear_silu_mul(self, linear: Linear, x: Tensor) -> Tensor:
+        return self.silu_mul(linear(x))
+
+    def linear_add_norm(
+        self, linear: Linear, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total = linear(x, residual)
+        return self.rms_norm(total, weight, eps), total
+
     def rope_and_cache(
         self,
         qkv: Tensor,

@@ -30,7 +30,6 @@ IGNORED = ("rotary_emb.inv_freq",)
 class Layer(NamedTuple):
     """One block, ready to run; a tuple because the hot loop unpacks it in one step."""
 
-    attention_norm: Tensor
     qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
@@ -39,6 +38,7 @@ class Layer(NamedTuple):
     mlp_norm: Tensor
     gate_up: Linear
     down: Linear
+    next_norm: Tensor  # of the block behind, or of the logits: every norm follows a sum, and is done with it
 
 
 class Decoder:
@@ -69,33 +69,42 @@ class Decoder:
         self._scale = config.head_dim**-0.5
         self._cos_sin = rope_table(config.rope, config.head_dim, positions, device)
         self._embedding = weights.take("model.embed_tokens.weight", shapes=shapes)
-        self._layers = [_load_layer(i, config, weights, backend, shapes) for i in range(config.num_layers)]
-        self._norm = weights.take("model.norm.weight", shapes=shapes)
+        norms = [f"model.layers.{i}.input_layernorm.weight" for i in range(config.num_layers)] + ["model.norm.weight"]
+        self._first_norm, *next_norms = (weights.take(name, shapes=shapes) for name in norms)
+        self._layers = [
+            _load_layer(i, config, weights, backend, shapes, next_norm) for i, next_norm in enumerate(next_norms)
+        ]
         head = self._embedding if config.tied else weights.take("lm_head.weight", shapes=shapes)
         self._lm_head = backend.linear(head)
 
     def forward(self, token_ids: Tensor, batch: StepBatch, kv: list[KVLayer], logits_at: Tensor) -> Tensor:
         """As `Model.forward`."""
         backend, eps, scale, cos_sin = self._backend, self._eps, self._scale, self._cos_sin
-        rms_norm, rope_and_cache, attention = backend.rms_norm, backend.rope_and_cache, backend.attention
-        silu_mul = backend.silu_mul
+        rope_and_cache, attention = backend.rope_and_cache, backend.attention
+        linear_silu_mul, linear_add_norm = backend.linear_silu_mul, backend.linear_add_norm
         last = len(self._layers) - 1
         x = embedding(token_ids, self._embedding)
-        for index, (norm1, qkv, q_norm, k_norm, window, output, norm2, gate_up, down) in enumerate(self._layers):
+        normed = backend.rms_norm(x, self._first_norm, eps)
+        for index, (qkv, q_norm, k_norm, window, output, mlp_norm, gate_up, down, next_norm) in enumerate(self._layers):
             pages = kv[index]
-            q = rope_and_cache(qkv(rms_norm(x, norm1, eps)), cos_sin, pages, batch, q_norm, k_norm, eps)
+            q = rope_and_cache(qkv(normed), cos_sin, pages, batch, q_norm, k_norm, eps)
             if index == last and not logits_at.numel():  # a chunk of a prompt, not its end: keys and values were all
                 return x.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
             mixed = attention(q, pages, batch, scale, window)
             if index == last:
                 mixed, x = mixed.index_select(0, logits_at), x.index_select(0, logits_at)
-            x = output(mixed, x)
-            x = down(silu_mul(gate_up(rms_norm(x, norm2, eps))), x)
-        return self._lm_head(rms_norm(x, self._norm, eps), None, torch.float32)
+            normed, x = linear_add_norm(output, mixed, x, mlp_norm, eps)
+            normed, x = linear_add_norm(down, linear_silu_mul(gate_up, normed), x, next_norm, eps)
+        return self._lm_head(normed, None, torch.float32)
 
 
 def _load_layer(
-    index: int, config: DecoderConfig, weights: Weights, backend: Backend, shapes: dict[str, Shape]
+    index: int,
+    config: DecoderConfig,
+    weights: Weights,
+    backend: Backend,
+    shapes: dict[str, Shape],
+    next_norm: Tensor,
 ) -> Layer:
     prefix = f"model.layers.{index}."
 
@@ -107,7 +116,6 @@ def _load_layer(
         return backend.linear(weight, take(*(f"{name}.bias" for name in names)) if bias else None)
 
     return Layer(
-        attention_norm=take("input_layernorm.weight"),
         qkv=linear(config.qkv_bias, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         q_norm=take("self_attn.q_norm.weight") if config.qk_norm else None,
         k_norm=take("self_attn.k_norm.weight") if config.qk_norm else None,
@@ -116,6 +124,7 @@ def _load_layer(
         mlp_norm=take("post_attention_layernorm.weight"),
         gate_up=linear(config.mlp_bias, "mlp.gate_proj", "mlp.up_proj"),
         down=linear(config.mlp_bias, "mlp.down_proj"),
+        next_norm=next_norm,
     )
 
 

@@ -280,6 +280,17 @@ def test_norms_and_activations_agree_with_float64(
         assert_close(backend.silu_mul(gate_up), torch.nn.functional.silu(gate) * up, dtype)
 
 
+def test_joined_operations_are_their_parts_one_after_another(reference: TorchBackend, cpu: CpuBackend) -> None:
+    torch.manual_seed(0)
+    x, residual, norm = torch.randn(5, 48), torch.randn(5, 32), torch.randn(32)
+    for backend in (reference, cpu):
+        linear = backend.linear(torch.randn(32, 48), torch.randn(32))
+        assert torch.equal(backend.linear_silu_mul(linear, x), backend.silu_mul(linear(x)))
+        normed, total = backend.linear_add_norm(linear, x, residual, norm, 1e-5)
+        assert torch.equal(total, linear(x, residual))
+        assert torch.equal(normed, backend.rms_norm(total, norm, 1e-5))
+
+
 def test_silu_has_no_overflow_at_the_ends_of_the_range(cpu: CpuBackend) -> None:
     gate = torch.tensor([-3e38, -1000.0, -100.0, 0.0, 100.0, 3e38])
     out = cpu.silu_mul(torch.cat((gate, torch.ones(6)))[None])

@@ -1,0 +1,1 @@
+"""Triton kernels for one GPU, one family a file. Importing one needs triton: only a backend that is chosen does so."""
