@@ -10,18 +10,18 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import pytest
 import torch
-from fast_inference.executor.backends.base import Backend, KVLayer, StepBatch
 from fast_inference.executor.backends.cpu import CpuBackend, KernelsUnavailable
 from fast_inference.executor.backends.torch import TorchBackend
 from fast_inference.executor.kernels.cpu.pack import pack_weight
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from .random_step import Step, attend, make_step
 
 # Relative to results of size about 1: bfloat16 keeps 8 bits, and attention rounds its weights to it as well.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -53,60 +53,6 @@ def cpu() -> CpuBackend:
         pytest.skip(f"C kernels: {reason}")
 
 
-@dataclass(frozen=True)
-class Step:
-    """A random step: its batch, and a layer whose keys and values of earlier tokens are in place."""
-
-    batch: StepBatch
-    kv: KVLayer
-    keys: list[Tensor]  # per row [seq_len, Hkv, D], the newest tokens included
-    values: list[Tensor]
-
-    def fresh(self, of: list[Tensor]) -> Tensor:
-        """[T, Hkv, D]: what this step's tokens have to write."""
-        lengths = self.batch.query_start.diff().tolist()
-        return torch.cat([row[len(row) - length :] for row, length in zip(of, lengths, strict=True)])
-
-    def copy_of_kv(self) -> KVLayer:
-        return KVLayer(self.kv.keys.clone(), self.kv.values.clone())
-
-
-def make_step(
-    lengths: list[tuple[int, int]], kv_heads: int, block_size: int, head_size: int, dtype: torch.dtype
-) -> Step:
-    lengths = sorted(lengths, key=lambda row: row[0] > 1)
-    seq_lens = [query + before for query, before in lengths]
-    needed = [-(-length // block_size) for length in seq_lens]
-    num_blocks = sum(needed) + 3
-    ids = torch.randperm(num_blocks)[: sum(needed)].split(needed)
-    tables = torch.randint(0, num_blocks, (len(lengths), max(needed) + 2), dtype=torch.int32)
-    kv = KVLayer(*torch.full((2, num_blocks, kv_heads, block_size, head_size), math.nan, dtype=dtype))
-    keys, values, slots, positions = [], [], [], []
-    for row, (query, before) in enumerate(lengths):
-        tables[row, : needed[row]] = ids[row]
-        place = torch.arange(query + before)
-        slot = ids[row][place // block_size] * block_size + place % block_size
-        key, value = torch.randn(2, query + before, kv_heads, head_size).to(dtype)
-        old = slot[:before]
-        kv.keys[old // block_size, :, old % block_size] = key[:before]
-        kv.values[old // block_size, :, old % block_size] = value[:before]
-        keys.append(key)
-        values.append(value)
-        slots.append(slot[before:])
-        positions.append(place[before:])
-    batch = StepBatch(
-        positions=torch.cat(positions),
-        slot_mapping=torch.cat(slots),
-        block_tables=tables,
-        query_start=torch.tensor([0, *accumulate(query for query, _ in lengths)], dtype=torch.int32),
-        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
-        num_decodes=sum(query == 1 for query, _ in lengths),
-        max_query_len=max(query for query, _ in lengths),
-        max_seq_len=max(seq_lens),
-    )
-    return Step(batch, kv, keys, values)
-
-
 def naive_attention(q: Tensor, step: Step, scale: float, window: int | None, soft_cap: float | None) -> Tensor:
     """[T, Hq * D] float64, one token and one head at a time."""
     heads, head_size = q.shape[1:]
@@ -125,12 +71,6 @@ def naive_attention(q: Tensor, step: Step, scale: float, window: int | None, sof
                 values = step.values[row][first : position + 1, head // group].double()
                 out[token, head] = torch.softmax(scores, 0) @ values
     return out.view(len(q), heads * head_size)
-
-
-def attend(backend: Backend, q: Tensor, step: Step, scale: float, window: int | None, soft_cap: float | None) -> Tensor:
-    kv = step.copy_of_kv()
-    backend.write_kv(step.fresh(step.keys), step.fresh(step.values), kv, step.batch)
-    return backend.attention(q, kv, step.batch, scale, window, soft_cap)
 
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:

@@ -1,0 +1,166 @@
+"""Attention of rows with several query tokens, prompts or their chunks, over paged keys and values that may begin with
+a cached prefix.
+
+Owns the kernel and the choice of its tiles; must not know decode rows (see `attention_decode`) or any model. A tile of
+queries holds some neighbouring tokens of one row with all query heads of a group, so that they share each load. Rows
+have any lengths: the grid has as many programs as there can be tiles, each finds its row by a search, and the few too
+many leave at once. Nothing waits for the device.
+
+FlashAttention-2 (Dao, 2023) over pages (Kwon et al., 2023).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...backends.base import KVLayer, StepBatch
+from .attention_tiles import Tile, absorb, load_rows, page_offsets, score_factors, soft_capped
+
+
+def prefill_attention(
+    q: Tensor,
+    kv: KVLayer,
+    batch: StepBatch,
+    scale: float,
+    out: Tensor,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    tile: Tile | None = None,
+) -> None:
+    """Attention of the tokens of `q` [T, Hq, D] from row `batch.num_decodes` on, written to the same rows of `out`
+    [T, Hq * D]; both contiguous and of the cache's dtype.
+
+    `tile`: None: as `choose_tile` says; its rows must hold a group. Raises `ValueError` for a scale that is not
+    positive.
+    """
+    tokens, heads, head_size = q.shape
+    _, kv_heads, block_size, _ = kv.keys.shape
+    group = heads // kv_heads
+    factor, cap = score_factors(scale, soft_cap)
+    if tile is None:
+        tile = choose_tile(group, head_size, q.element_size())
+    rows = batch.seq_lens.shape[0]
+    most_tiles = (tokens - batch.num_decodes) // (tile.rows // group) + rows - batch.num_decodes
+    _prefill[(most_tiles, kv_heads)](
+        q, kv.keys, kv.values, batch.block_tables, batch.query_start, batch.seq_lens, out,
+        factor, cap, window or 0, batch.num_decodes, rows, batch.block_tables.stride(0), kv.keys.stride(0),
+        KV_HEADS=kv_heads, GROUP=group, HEAD=head_size, HEAD_PAD=triton.next_power_of_2(head_size),
+        BLOCK_SIZE=block_size, ROWS=tile.rows, TILE=tile.keys, WINDOWED=bool(window), CAPPED=bool(soft_cap),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def choose_tile(group: int, head_size: int, itemsize: int) -> Tile:
+    """As large as registers and shared memory allow; at least one token's group of heads."""
+    head_pad = triton.next_power_of_2(head_size)
+    least = triton.next_power_of_2(group)
+    if itemsize > 2:  # float32 is multiplied outside the matrix units
+        return Tile(max(32 if head_pad > 128 else 64, least), 32, 8, 2)
+    return Tile(max(128, least), 64, 8, 2 if head_pad > 128 else 3)
+
+
+@triton.jit(do_not_specialize=["window", "first_row", "rows"])
+def _prefill(
+    q, keys, values, tables, query_start, seq_lens, out,
+    factor, cap, window, first_row, rows, table_stride, block_stride,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries, one kv head."""
+    PER_TILE: tl.constexpr = ROWS // GROUP  # tokens
+    kv_head = tl.program_id(1)
+    # The last tiles of a prompt see the most keys: begin with them, so that no long one is left to the end.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    row = _row_of_tile(query_start, tile, first_row, rows, PER_TILE)
+    row_start = tl.load(query_start + row)
+    count = tl.load(query_start + row + 1) - row_start
+    first_token = (tile - _first_tile(query_start, row, first_row, PER_TILE)) * PER_TILE
+    if first_token >= count:
+        return
+    length = tl.load(seq_lens + row)
+    member = tl.arange(0, ROWS)
+    token = first_token + member // GROUP
+    real = (member < PER_TILE * GROUP) & (token < count)
+    head = (row_start + token).to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + member % GROUP
+    q_tile = load_rows(q, head * HEAD, real, HEAD, HEAD_PAD, True)
+    first_position = length - count + first_token
+    last_position = tl.minimum(first_position + PER_TILE, length) - 1
+    positions = length - count + token
+    table = tables + row.to(tl.int64) * table_stride
+    keys += kv_head * (BLOCK_SIZE * HEAD)
+    values += kv_head * (BLOCK_SIZE * HEAD)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mixed = tl.zeros([ROWS, HEAD_PAD], tl.float32)
+    # Every query of the tile sees all of the keys in [whole_begin, whole_end): they need no mask.
+    whole_begin = 0
+    whole_end = (first_position + 1) // TILE * TILE
+    if WINDOWED:
+        begin = tl.maximum(first_position - window + 1, 0) // TILE * TILE
+        whole_begin = tl.cdiv(tl.maximum(last_position - window + 1, 0), TILE) * TILE
+        whole_end = tl.maximum(whole_end, whole_begin)
+        left_end = tl.minimum(whole_begin, last_position + 1)
+        top, total, mixed = _walk(
+            q_tile, keys, values, table, positions, begin, left_end, top, total, mixed, factor, cap, window,
+            block_stride, HEAD, HEAD_PAD, BLOCK_SIZE, TILE, WINDOWED, CAPPED, True,
+        )  # fmt: skip
+    top, total, mixed = _walk(
+        q_tile, keys, values, table, positions, whole_begin, whole_end, top, total, mixed, factor, cap, window,
+        block_stride, HEAD, HEAD_PAD, BLOCK_SIZE, TILE, WINDOWED, CAPPED, False,
+    )  # fmt: skip
+    top, total, mixed = _walk(
+        q_tile, keys, values, table, positions, whole_end, last_position + 1, top, total, mixed, factor, cap, window,
+        block_stride, HEAD, HEAD_PAD, BLOCK_SIZE, TILE, WINDOWED, CAPPED, True,
+    )  # fmt: skip
+    mixed = mixed / tl.where(total > 0.0, total, 1.0)[:, None]
+    dims = tl.arange(0, HEAD_PAD)
+    mask = real[:, None] & (dims < HEAD)[None, :]
+    tl.store(out + head[:, None] * HEAD + dims[None, :], mixed.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _walk(
+    q_tile, keys, values, table, positions, begin, end, top, total, mixed, factor, cap, window,
+    block_stride, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Over the keys in [begin, end); without MASKED, whole tiles that every query sees."""
+    for start in range(begin, end, TILE):
+        tokens = start + tl.arange(0, TILE)
+        live = tokens < end
+        offsets = page_offsets(table, tokens, live, block_stride, BLOCK_SIZE, HEAD, MASKED)
+        k = load_rows(keys, offsets, live, HEAD, HEAD_PAD, MASKED)
+        scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee")
+        if CAPPED:
+            scores = soft_capped(scores, factor, cap)
+        if MASKED:
+            visible = live[None, :] & (tokens[None, :] <= positions[:, None])
+            if WINDOWED:
+                visible = visible & (tokens[None, :] > positions[:, None] - window)
+            scores = tl.where(visible, scores, float("-inf"))
+        v = load_rows(values, offsets, live, HEAD, HEAD_PAD, MASKED)
+        top, total, mixed = absorb(scores, v, 1.0 if CAPPED else factor, top, total, mixed, MASKED)
+    return top, total, mixed
+
+
+@triton.jit
+def _first_tile(query_start, row, first_row, PER_TILE: tl.constexpr):
+    """A number for `row`'s first tile that leaves room for the tiles of all rows before it, without a sum over them:
+    a row of n tokens has at most n // PER_TILE + 1."""
+    return (tl.load(query_start + row) - tl.load(query_start + first_row)) // PER_TILE + row - first_row
+
+
+@triton.jit
+def _row_of_tile(query_start, tile, first_row, rows, PER_TILE: tl.constexpr):
+    """The last row whose first tile is not after `tile`."""
+    low = first_row
+    high = rows
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _first_tile(query_start, middle, first_row, PER_TILE) <= tile:
+            low = middle
+        else:
+            high = middle
+    return low

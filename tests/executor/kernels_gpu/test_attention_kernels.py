@@ -1,0 +1,209 @@
+"""The Triton attention kernels against the torch reference: in Triton's interpreter, or on a device if there is one.
+
+The interpreter takes tenths of a second a step: shapes are small here, and real ones are in `test_attention_on_hopper`.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ..random_step import attend, make_step
+
+pytest.importorskip("triton")
+
+from fast_inference.executor.backends.base import KVLayer
+from fast_inference.executor.backends.torch import TorchBackend
+from fast_inference.executor.backends.triton import TritonBackend
+from fast_inference.executor.kernels.gpu import attention_decode, attention_prefill
+from fast_inference.executor.kernels.gpu.attention_tiles import Tile
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
+MIXED = [(1, 0), (1, 140), (5, 0), (45, 60)]
+
+
+@pytest.fixture(autouse=True)
+def seed(one_thread: None) -> None:
+    torch.manual_seed(0)
+
+
+def assert_as_torch(
+    lengths: list[tuple[int, int]],
+    heads: tuple[int, int] = (3, 1),
+    head_size: int = 16,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> None:
+    """`heads`: query heads per kv head, kv heads."""
+    step = make_step(lengths, heads[1], block_size, head_size, dtype).to(DEVICE)
+    q = torch.randn(len(step.batch.positions), heads[0] * heads[1], head_size).to(DEVICE, dtype)
+    actual = attend(TritonBackend(), q, step, head_size**-0.5, window, soft_cap)
+    assert_near(actual, attend(TorchBackend(), q, step, head_size**-0.5, window, soft_cap))
+
+
+def assert_near(actual: Tensor, expected: Tensor) -> None:
+    assert actual.dtype is expected.dtype and actual.shape == expected.shape
+    tolerance = TOLERANCE[actual.dtype]
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("head_size", (64, 80, 96, 128, 256))
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_mixed_step_attends_as_the_reference_does_for_every_head_size(head_size: int, dtype: torch.dtype) -> None:
+    assert_as_torch([(1, 5), (1, 130), (20, 50)], head_size=head_size, dtype=dtype)
+
+
+@pytest.mark.parametrize("heads", ((1, 2), (4, 2), (7, 1), (17, 1)))
+def test_groups_of_any_size_share_a_tile(heads: tuple[int, int]) -> None:
+    assert_as_torch(MIXED, heads=heads)
+
+
+@pytest.mark.parametrize("block_size", (1, 8, 24, 128))
+def test_tiles_are_gathered_over_blocks_of_any_size(block_size: int) -> None:
+    assert_as_torch(MIXED, block_size=block_size)
+
+
+@pytest.mark.parametrize("window", (1, 20, 64, 65, 1000))
+def test_a_window_hides_what_lies_before_it(window: int) -> None:
+    assert_as_torch(MIXED, window=window)
+
+
+@pytest.mark.parametrize(("window", "soft_cap"), ((None, 50.0), (70, 2.0)))
+def test_scores_are_capped_softly(window: int | None, soft_cap: float) -> None:
+    assert_as_torch(MIXED, window=window, soft_cap=soft_cap)
+
+
+@pytest.mark.parametrize("length", (63, 64, 65, 128, 129))
+def test_lengths_around_the_edge_of_a_tile_leave_nothing_out(length: int) -> None:
+    assert_as_torch([(1, length - 1), (length, 0), (42, length)], heads=(1, 1))
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**31),
+    lengths=st.lists(st.tuples(st.one_of(st.just(1), st.integers(1, 60)), st.integers(0, 90)), min_size=1, max_size=5),
+    heads=st.sampled_from(((1, 1), (3, 1), (1, 2), (4, 2))),
+    block_size=st.sampled_from((4, 16)),
+    head_size=st.sampled_from((16, 40, 64)),
+    window=st.one_of(st.none(), st.integers(1, 60)),
+    soft_cap=st.one_of(st.none(), st.floats(0.5, 50.0)),
+)
+def test_random_steps_attend_as_the_reference_does(
+    seed, lengths, heads, block_size, head_size, window, soft_cap
+) -> None:
+    torch.manual_seed(seed)
+    assert_as_torch(lengths, heads, head_size, block_size, torch.float32, window, soft_cap)
+
+
+@pytest.mark.parametrize("window", (None, 100))
+def test_rows_cut_into_any_number_of_parts_give_the_same(window: int | None) -> None:
+    step = make_step([(1, 0), (1, 127), (1, 330)], 1, 16, 16, torch.float32).to(DEVICE)
+    q = torch.randn(3, 2, 16).to(DEVICE)
+    expected = attend(TorchBackend(), q, step, 0.3, window, None)
+    kv = step.copy_of_kv()
+    TorchBackend().write_kv(step.fresh(step.keys), step.fresh(step.values), kv, step.batch)
+    for splits in (1, 3, 8):  # with 8, every row has parts without a token
+        out = torch.full_like(expected, torch.nan)
+        attention_decode.decode_attention(q, kv, step.batch, 0.3, out, window, None, splits)
+        assert_near(out, expected)
+
+
+@pytest.mark.parametrize("splits", (1, 3))
+def test_a_row_without_tokens_gives_zeros(splits: int) -> None:
+    """The padding of a CUDA graph may be such a row."""
+    step = make_step([(1, 0), (1, 70)], 1, 16, 16, torch.float32).to(DEVICE)
+    step.batch.seq_lens[0] = 0
+    kv = KVLayer(*(torch.nan_to_num(pages, 1.0) for pages in (step.kv.keys, step.kv.values)))
+    out = torch.full((2, 32), torch.nan, device=DEVICE)
+    attention_decode.decode_attention(torch.randn(2, 2, 16).to(DEVICE), kv, step.batch, 0.3, out, splits=splits)
+    assert out[0].eq(0).all() and out[1].isfinite().all()
+
+
+def test_two_rows_may_share_the_blocks_of_a_prefix() -> None:
+    step = make_step([(1, 40), (1, 40), (9, 33)], 2, 16, 16, torch.float32)
+    step.batch.block_tables[1:, :2] = step.batch.block_tables[0, :2]
+    step = step.to(DEVICE)
+    q = torch.randn(11, 4, 16).to(DEVICE)
+    assert_near(attend(TritonBackend(), q, step, 0.1, None, None), attend(TorchBackend(), q, step, 0.1, None, None))
+
+
+@pytest.mark.parametrize("tile", (Tile(16, 16, 4, 2), Tile(128, 128, 8, 2)))
+def test_the_tile_changes_nothing(tile: Tile) -> None:
+    step = make_step([(40, 30), (20, 0)], 1, 16, 16, torch.float32).to(DEVICE)
+    q = torch.randn(60, 3, 16).to(DEVICE)
+    kv = step.copy_of_kv()
+    expected = attend(TorchBackend(), q, step, 0.3, 30, None)
+    TorchBackend().write_kv(step.fresh(step.keys), step.fresh(step.values), kv, step.batch)
+    out = torch.full_like(expected, torch.nan)
+    attention_prefill.prefill_attention(q, kv, step.batch, 0.3, out, 30, None, tile)
+    assert_near(out, expected)
+
+
+@given(
+    rows=st.integers(1, 4096),
+    heads=st.integers(1, 64),
+    longest=st.integers(1, 2**20),
+    processors=st.integers(1, 200),
+)
+def test_a_batch_is_cut_as_its_padding_to_a_power_of_two_is(
+    rows: int, heads: int, longest: int, processors: int
+) -> None:
+    splits = attention_decode.choose_splits(rows * heads, longest, processors)
+    assert 1 <= splits <= attention_decode.MAX_SPLITS
+    assert splits == 1 or splits * attention_decode.MIN_TOKENS <= longest
+    padded = 1 << (rows * heads - 1).bit_length()
+    assert splits == attention_decode.choose_splits(padded, longest, processors)
+
+
+def test_one_long_row_fills_the_device_and_many_rows_are_not_cut() -> None:
+    assert attention_decode.choose_splits(8, 8192, 132) == 64
+    assert attention_decode.choose_splits(8, 1024, 132) == 8
+    assert attention_decode.choose_splits(64 * 8, 8192, 132) == 1
+
+
+@given(group=st.integers(1, 128), head_size=st.integers(8, 256), itemsize=st.sampled_from((2, 4)))
+def test_a_tile_holds_a_group_and_fits_into_shared_memory(group: int, head_size: int, itemsize: int) -> None:
+    head_bytes = itemsize * (1 << (head_size - 1).bit_length())
+    for choose in (attention_decode.choose_tile, attention_prefill.choose_tile):
+        tile = choose(group, head_size, itemsize)
+        assert tile.rows >= max(group, 16)
+        in_flight = 2 * tile.keys * head_bytes * (tile.stages - 1)
+        assert in_flight + tile.rows * head_bytes <= 227 << 10
+
+
+def test_what_the_kernels_cannot_do_is_done_by_torch_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    step = make_step([(1, 5), (3, 5)], 1, 16, 16, torch.float64).to(DEVICE)
+    q = torch.randn(4, 2, 16, dtype=torch.float64).to(DEVICE)
+    backend = TritonBackend()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            actual = attend(backend, q, step, 0.3, None, None)
+    assert torch.equal(actual, attend(TorchBackend(), q, step, 0.3, None, None))
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "float64" in caplog.text
+
+
+def test_what_no_backend_could_do_is_refused() -> None:
+    step = make_step([(1, 5)], 2, 16, 16, torch.float32).to(DEVICE)
+    attention = TritonBackend().attention
+    with pytest.raises(ValueError, match="does not fit"):
+        attention(torch.randn(1, 3, 16, device=DEVICE), step.kv, step.batch, 0.3)
+    with pytest.raises(ValueError, match="float16"):
+        attention(torch.randn(1, 4, 16, device=DEVICE).half(), step.kv, step.batch, 0.3)
+    with pytest.raises(ValueError, match="scale must be over 0"):
+        attention(torch.randn(1, 4, 16, device=DEVICE), step.kv, step.batch, 0.0)
+
+
+def test_the_engine_starts_without_triton() -> None:
+    code = "import fast_inference.executor.startup, sys; print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "False"
