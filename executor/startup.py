@@ -18,7 +18,7 @@ import torch
 from ..protocol.config import EngineConfig
 from ..protocol.errors import StartupError
 from ..protocol.messages import EngineInfo
-from .backends.base import Backend
+from .backends.base import Backend, KernelsUnavailable
 from .batch import PersistentBatch
 from .checkpoint import Progress
 from .kv_cache import KVCache, KVPlan, allowed_length, bytes_per_block, cpu_budget, plan_kv
@@ -127,19 +127,25 @@ def choose_backend(config: EngineConfig, device: torch.device) -> Backend:
     """The kernels for `device`. Raises `StartupError` where `config.attention_backend` can't be had."""
     from .backends.torch import TorchBackend
 
-    wanted = config.attention_backend
-    if wanted == "torch" or (wanted == "auto" and device.type != "cpu"):
+    wanted, own = config.attention_backend, "cpu" if device.type == "cpu" else "triton"
+    if wanted == "torch":
         return TorchBackend()
-    if device.type != "cpu":
-        raise StartupError(f"attention_backend cpu can't be used on {device}: set it to torch or auto")
-    from .backends.cpu import CpuBackend
-    from .kernels.cpu.build import KernelsUnavailable
-
+    if wanted not in ("auto", own):
+        raise StartupError(
+            f"attention_backend {wanted} can't be used on {device}: set it to {own}, torch or auto",
+            param="attention_backend",
+        )
     try:
-        return CpuBackend()
+        if own == "cpu":
+            from .backends.cpu import CpuBackend
+
+            return CpuBackend()
+        from .backends.check import triton_backend
+
+        return triton_backend(device, torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype))
     except KernelsUnavailable as reason:
-        if wanted == "cpu":
-            raise StartupError(f"attention_backend cpu can't be used: {reason}") from None
+        if wanted == own:
+            raise StartupError(f"attention_backend {own} can't be used: {reason}", param="attention_backend") from None
         log.warning("using the torch backend, which is slower: %s", reason)
         return TorchBackend()
 

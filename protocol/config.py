@@ -43,7 +43,7 @@ class EngineConfig:
 
     dtype: str = "auto"  # "float32", "bfloat16", "float16"; auto: as the checkpoint has it
     device: str = "auto"  # "cpu", "cuda", "cuda:1"; auto: where a live model is, else a GPU if there is one
-    attention_backend: str = "auto"  # "torch", "cpu"
+    attention_backend: str = "auto"  # "triton", "cpu", "torch"; auto: the fastest that works on the device
     max_model_len: int | None = None  # tokens of prompt and output; None: what the model can take
     block_size: int = 16  # tokens in a KV block
     num_blocks: int | None = None  # None: as many as the memory setting gives
@@ -104,7 +104,7 @@ def _check(c: EngineConfig) -> None:
     one_of("load_format", ("auto", "dummy"))
     one_of("dtype", DTYPES)
     one_of("scheduling_policy", tuple(SchedulerPolicy))
-    one_of("attention_backend", ("auto", "torch", "cpu"))
+    one_of("attention_backend", ("auto", "torch", "cpu", "triton"))
     one_of("log_level", ("debug", "info", "warning", "error"))
     within("max_model_len", 1, 2**24)
     within("block_size", 1, 4096)

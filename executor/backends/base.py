@@ -2,7 +2,7 @@
 
 Owns the vocabulary (`StepBatch`, `KVLayer`, `Backend`); must not know any model, message or socket. A model
 is written once against `Backend`; each file beside this one implements it for some hardware:
-`torch` is the reference that runs everywhere, `cpu` holds this project's C kernels.
+`torch` is the reference that runs everywhere, `cpu` holds this project's C kernels, `triton` those for a GPU.
 
 Shapes: T tokens in the step (all requests side by side), B requests in the step, Hq query heads, Hkv key/value
 heads, D head size, BS block size.
@@ -40,6 +40,10 @@ class KVLayer:
 
     keys: Tensor  # [num_blocks, Hkv, BS, D]
     values: Tensor  # [num_blocks, Hkv, BS, D]
+
+
+class KernelsUnavailable(RuntimeError):
+    """A backend's kernels cannot be used on this machine; the message says why."""
 
 
 class Linear(Protocol):

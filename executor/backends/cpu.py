@@ -18,11 +18,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..kernels.cpu.build import KernelsUnavailable, load
+from ..kernels.cpu.build import load
 from ..kernels.cpu.pack import pack_bias, pack_weight
 from .base import KVLayer, Linear, StepBatch
-
-__all__ = ["CpuBackend", "KernelsUnavailable"]
 
 STEP_DTYPES = (torch.int64, torch.int64, torch.int32, torch.int32, torch.int32)  # in the order of _StepBatch
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}

@@ -14,7 +14,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from fast_inference.executor.backends.cpu import CpuBackend, KernelsUnavailable
+from fast_inference.executor.backends.base import KernelsUnavailable
+from fast_inference.executor.backends.cpu import CpuBackend
 from fast_inference.executor.backends.torch import TorchBackend
 from fast_inference.executor.kernels.cpu.pack import pack_weight
 from hypothesis import HealthCheck, given, settings
@@ -317,7 +318,8 @@ def test_only_one_openmp_runtime_is_mapped(cpu: CpuBackend) -> None:
 
 def test_without_a_compiler_the_reason_is_told(tmp_path) -> None:
     code = (
-        "from fast_inference.executor.kernels.cpu.build import KernelsUnavailable, load\n"
+        "from fast_inference.executor.backends.base import KernelsUnavailable\n"
+        "from fast_inference.executor.kernels.cpu.build import load\n"
         "try: load()\n"
         "except KernelsUnavailable as reason: print(reason)"
     )

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from fast_inference.executor import startup
-from fast_inference.executor.kernels.cpu.build import KernelsUnavailable
+from fast_inference.executor.backends import check
+from fast_inference.executor.backends.base import KernelsUnavailable
 from fast_inference.executor.startup import choose_backend, choose_device, start
 from fast_inference.protocol.config import EngineConfig
 from fast_inference.protocol.errors import StartupError
@@ -46,9 +47,36 @@ def test_without_a_compiler_the_torch_backend_serves_and_the_reason_is_logged_on
         choose_backend(EngineConfig(attention_backend="cpu"), CPU)
 
 
-def test_the_cpu_backend_is_refused_on_a_gpu() -> None:
-    with pytest.raises(StartupError, match="attention_backend"):
-        choose_backend(EngineConfig(attention_backend="cpu"), torch.device("cuda", 0))
+@pytest.mark.parametrize(("wanted", "device"), (("cpu", "cuda:0"), ("triton", "cpu")))
+def test_a_backend_is_refused_on_another_device(wanted: str, device: str) -> None:
+    with pytest.raises(StartupError, match=f"attention_backend {wanted} can't be used on {device}"):
+        choose_backend(EngineConfig(attention_backend=wanted), torch.device(device))
+
+
+def test_on_a_gpu_the_triton_kernels_serve_where_they_pass_their_check(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu, chosen, dtypes = torch.device("cuda", 0), object(), []
+
+    def make(device: torch.device, dtype: torch.dtype) -> object:
+        dtypes.append(dtype)
+        return chosen
+
+    monkeypatch.setattr(check, "triton_backend", make)
+    assert choose_backend(EngineConfig(), gpu) is chosen
+    assert choose_backend(EngineConfig(attention_backend="triton", dtype="float32"), gpu) is chosen
+    assert dtypes == [torch.bfloat16, torch.float32]
+    assert choose_backend(EngineConfig(attention_backend="torch"), gpu).name == "torch"
+
+    def refuse(*_: object) -> None:
+        raise KernelsUnavailable("attention differs from torch")
+
+    monkeypatch.setattr(check, "triton_backend", refuse)
+    with caplog.at_level(logging.INFO):
+        assert choose_backend(EngineConfig(), gpu).name == "torch"
+    assert len(caplog.records) == 1 and "attention differs" in caplog.text
+    with pytest.raises(StartupError, match="attention differs"):
+        choose_backend(EngineConfig(attention_backend="triton"), gpu)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

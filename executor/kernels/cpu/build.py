@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from ....protocol.endpoints import home
+from ...backends.base import KernelsUnavailable
 
 SOURCES = Path(__file__).parent
 TEMPLATES = ("linear.c", "attention.c", "pointwise.c")  # compiled once for each element type
@@ -36,10 +37,6 @@ FLAGS = (
     "-fno-trapping-math",
     "-Wno-psabi",
 )
-
-
-class KernelsUnavailable(RuntimeError):
-    """The C kernels cannot be used on this machine; the message says why."""
 
 
 @functools.cache
