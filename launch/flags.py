@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -60,6 +61,28 @@ def parse_pair(text: str) -> str:
     return text
 
 
+def parse_weights(text: str) -> str:
+    """Check CLIENT=WEIGHT,CLIENT=WEIGHT."""
+    _weights(text)
+    return text
+
+
+def _weights(text: str) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for pair in text.split(","):
+        client, equals, weight = pair.rpartition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if not (client and equals) or math.isnan(value):
+            raise typer.BadParameter(f"{pair!r} must be CLIENT=WEIGHT, several joined by commas")
+        if client in weights:
+            raise typer.BadParameter(f"{client!r} has two weights")
+        weights[client] = value
+    return weights
+
+
 def parse_object(text: str) -> str:
     """Check a JSON object."""
     try:
@@ -88,6 +111,8 @@ def engine_config(values: Mapping[str, Any]) -> EngineConfig:
         settings["model_classes"] = dict(text.split("=", 1) for text in settings["model_classes"])
     if "model_config" in settings:
         settings["model_config"] = json.loads(settings["model_config"])
+    if "fair_weights" in settings:
+        settings["fair_weights"] = _weights(settings["fair_weights"])
     if values.get("tensor_parallel_size", 1) != 1:
         raise typer.BadParameter("--tensor-parallel-size must be 1: this version runs on one device")
     return _checked(lambda: EngineConfig(**settings))
@@ -157,6 +182,9 @@ def _parameter(field: dataclasses.Field[Any], hint: Any, comment: str) -> inspec
     elif field.name == "model_config":
         kind = str | None
         options |= {"parser": parse_object, "metavar": "JSON"}
+    elif field.name == "fair_weights":
+        kind = str | None
+        options |= {"parser": parse_weights, "metavar": "CLIENT=WEIGHT,..."}
     elif field.name == "kv_cache_memory":
         options |= {"parser": parse_size, "metavar": "SIZE"}
     elif hint is bool:

@@ -16,9 +16,10 @@ from typing import Any
 
 from ..frontend.client_requests import Prompt
 from ..frontend.outputs import RequestOutput
-from ..protocol.config import EngineConfig, SchedulerPolicy
+from ..protocol.config import EngineConfig
 from ..protocol.errors import EngineDead, EngineError
 from ..protocol.messages import Stats
+from ..protocol.policy_names import SchedulerPolicy
 from ..protocol.sampling import RequestOutputKind, SamplingParams
 from .background import Bridge, LoopThread
 from .engine import AsyncEngine

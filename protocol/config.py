@@ -9,20 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 from .errors import InvalidRequest
 from .names import MAX_FRONTENDS
-
-
-class SchedulerPolicy(StrEnum):
-    """How the scheduler orders the waiting queue (`scheduler/policies.py`)."""
-
-    FCFS = "fcfs"
-    PRIORITY = "priority"
-    MEMORY_AWARE = "memory-aware"
-
+from .policy_names import SchedulerPolicy, known_policies
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -56,7 +47,8 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048  # tokens computed in one step
     enable_prefix_caching: bool = True  # keep KV blocks for later prompts that begin alike
     enable_chunked_prefill: bool = True  # split long prompts over several steps
-    scheduling_policy: str = "fcfs"  # order of waiting requests: "fcfs", "priority", "memory-aware"
+    scheduling_policy: str = "fcfs"  # "priority", "memory-aware", "shortest-first", "fair", "deadline", or a plug-in's
+    fair_weights: dict[str, float] = field(default_factory=dict)  # client -> its share under "fair"; others have 1
     run_ahead: int = 2  # steps in flight; 1: the scheduler waits for each result
     max_num_queued_reqs: int = 10_000  # waiting requests over this are refused with a retry hint
 
@@ -103,7 +95,13 @@ def _check(c: EngineConfig) -> None:
 
     one_of("load_format", ("auto", "dummy"))
     one_of("dtype", DTYPES)
-    one_of("scheduling_policy", tuple(SchedulerPolicy))
+    if c.scheduling_policy not in tuple(SchedulerPolicy):  # else other packages need not be looked at
+        one_of("scheduling_policy", known_policies())
+    for client, weight in c.fair_weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 1e-6 <= weight <= 1e6:
+            raise InvalidRequest(
+                f"fair_weights[{client!r}] must be in [1e-06, 1e+06], got {weight!r}", param="fair_weights"
+            )
     one_of("attention_backend", ("auto", "torch", "cpu", "triton"))
     one_of("log_level", ("debug", "info", "warning", "error"))
     within("max_model_len", 1, 2**24)

@@ -6,6 +6,7 @@
     │   ├── Unauthorized       no or a wrong API key                                       HTTP 401
     │   └── NotFound           an unknown model or request                                 HTTP 404
     ├── Overloaded             no room now; `retry_after` seconds later there may be       HTTP 503
+    ├── DeadlineUnreachable    `deadline_ms` can't be met now; `retry_after`: how late     HTTP 429
     ├── ProtocolError          a frame that this version of the wire cannot read           HTTP 400
     ├── StartupError           the engine can't start; the message says what to do
     └── EngineDead             an actor is gone; requests under way are lost               HTTP 500
@@ -64,6 +65,13 @@ class Overloaded(EngineError):
     status = 503
 
 
+class DeadlineUnreachable(EngineError):
+    """The first token would come after the deadline that the request names; `retry_after` seconds late."""
+
+    code = "deadline_unreachable"
+    status = 429
+
+
 class ProtocolError(EngineError, ValueError):
     """A frame can't be decoded: unknown type, missing field, wrong type or over a size limit."""
 
@@ -94,6 +102,7 @@ _BY_CODE: dict[str, type[EngineError]] = {
         Unauthorized,
         NotFound,
         Overloaded,
+        DeadlineUnreachable,
         ProtocolError,
         StartupError,
         EngineDead,

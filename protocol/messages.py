@@ -87,6 +87,7 @@ class Submit:
     priority: int = 0
     client: str = ""
     cache_salt: str = ""
+    deadline_ms: int | None = None  # from its arrival to its first token; None: no matter when
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -368,6 +369,8 @@ class Generate:
     chat: list[dict[str, Any]] | None = None
     priority: int = 0
     cache_salt: str = ""
+    client: str = ""  # who asks, for fairness; "": this connection
+    deadline_ms: int | None = None  # from its arrival to its first token; None: no matter when
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ their last known token, in order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,6 @@ from .request import REASONS, Request, RequestState
 from .stats import Totals, snapshot
 from .step_model import StepModel
 from .streams import Streams
-from .waiting import WaitingQueue
 
 EXECUTOR = "executor"
 DETOKENIZER = "detokenizer"
@@ -80,10 +80,10 @@ class SchedulerCore:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self.queue = WaitingQueue()
-        self.policy = make_policy(config.scheduling_policy)
-        self.totals = Totals()
         self.step_model = StepModel()
+        self.policy = make_policy(config, self.step_model)
+        self.queue = self.policy.queue()
+        self.totals = Totals()
         self.batch: Batch | None = None  # None until the executor is ready
         self._planner: Planner | None = None
         self._preemptor: Preemptor | None = None
@@ -158,7 +158,7 @@ class SchedulerCore:
             for request in lost.table.running():
                 self._preemptor.preempt(request.slot, now)
         self._info = info
-        self.step_model = StepModel()  # it may be another device
+        self.step_model.clear()  # it may be another device
         self._limits = limits_of(info, None if config.enable_chunked_prefill else config.max_num_batched_tokens)
         first_step = 1 if lost is None else lost.last_sent + 1
         slots = min(config.max_num_seqs, info.max_num_seqs)
@@ -210,9 +210,10 @@ class SchedulerCore:
 
     def _apply(self, batch: Batch, preemptor: Preemptor, result: StepResult, now: float) -> None:
         outcome = apply_result(batch, result, prefix_caching=self.config.enable_prefix_caching, now=now)
-        self.totals.generation_tokens += len(outcome.tokens)
+        if len(outcome.slots):
+            self.totals.generation_tokens += len(outcome.slots)
+            self.policy.generated(outcome.slots)
         for request, state, stop_reason in outcome.ended:
-            self.policy.finished(request, int(batch.table.length[request.slot]) - request.num_prompt)
             self._finish(request, state, now, stop_reason=stop_reason)
         for request, error in outcome.failed:
             self._finish(request, RequestState.FAILED, now, error=error)
@@ -251,6 +252,7 @@ class SchedulerCore:
             stop_token_ids=tuple(dict.fromkeys(eos + submit.params.stop_token_ids)),
             priority=submit.priority,
             client=submit.client,
+            deadline=math.inf if submit.deadline_ms is None else now + submit.deadline_ms / 1000.0,
             cache_salt=submit.cache_salt,
             tokens=submit.prompt_token_ids,
             num_prompt=len(submit.prompt_token_ids),
@@ -270,9 +272,9 @@ class SchedulerCore:
 
     def _check_in(self, request: Request, now: float) -> None:
         """A new request meets the limits of the engine, and joins the queue."""
-        if self._limits is None or self._info is None:
+        if self._limits is None or self._info is None or self.batch is None:
             return
-        error = refusal(request, self._limits)
+        error: EngineError | None = refusal(request, self._limits)
         if error is not None:
             self._finish(request, RequestState.REJECTED, now, error=error)
             return
@@ -282,7 +284,12 @@ class SchedulerCore:
         request.stop_token_ids = tuple(token for token in request.stop_token_ids if 0 <= token < size)
         if self.config.enable_prefix_caching:
             extend_hashes(request.hashes, request.tokens, self._info.block_size, request.cache_salt)
+        error = self.policy.refuses(request, now, self.batch)
+        if error is not None:
+            self._finish(request, RequestState.REJECTED, now, error=error)
+            return
         request.rank = self.policy.rank(request)
+        self.policy.arrived(request)
         request.move(RequestState.WAITING, now)
         self.queue.push(request)
 
@@ -331,7 +338,9 @@ class SchedulerCore:
             known = int(self.batch.table.length[request.slot])
             self.batch.leave(request.slot)
         elif before in (RequestState.WAITING, RequestState.PREEMPTED):
-            self.queue.died()
+            self.queue.died(request)
+        if before != RequestState.NEW:
+            self.policy.ended(request, known - request.num_prompt)
         self._unchecked.pop(request.number, None)
         self.totals.finished[REASONS[state]] += 1
         self._streams.end(request, known, now, stop_reason=stop_reason, error=error)

@@ -26,6 +26,7 @@ _NO_TOKENS = np.empty(0, np.int32)
 class Outcome:
     """What came out of a step, for `core.py` to act upon."""
 
+    slots: NDArray[np.int64] = field(default_factory=lambda: _NO_NUMBERS)  # parallel to `numbers` and `tokens`
     numbers: NDArray[np.int64] = field(default_factory=lambda: _NO_NUMBERS)
     tokens: NDArray[np.int32] = field(default_factory=lambda: _NO_TOKENS)
     logprobs: TopLogprobs | None = None
@@ -58,6 +59,7 @@ def apply_result(batch: Batch, result: StepResult, *, prefix_caching: bool, now:
         return outcome
     table = batch.table
     before = table.append(rows.slots, rows.tokens)
+    outcome.slots = rows.slots
     outcome.numbers = table.number[rows.slots]
     outcome.tokens = rows.tokens
     outcome.logprobs = rows.logprobs

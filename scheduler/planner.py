@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from ..protocol.config import EngineConfig
 from ..protocol.messages import Admit, Step
 from .batch import Batch, InFlight
-from .policies import Policy
+from .policy import Policy
 from .preemption import Preemptor, blocks_to_start, usable_hits
 from .request import Request, RequestState
 from .stats import Totals
-from .waiting import WaitingQueue
+from .waiting import Queue
 
 _NONE = np.empty(0, np.int32)
 
@@ -38,6 +38,7 @@ class Draft:
     """A step in the making."""
 
     budget: int
+    promised: int = 0  # blocks that decode rows must leave to waiting requests
     admit: list[Admit] = field(default_factory=list)
     grow_slots: NDArray[Any] = field(default_factory=lambda: _NONE)
     grow_blocks: list[int] = field(default_factory=list)
@@ -53,7 +54,7 @@ class Planner:
         self,
         config: EngineConfig,
         batch: Batch,
-        queue: WaitingQueue,
+        queue: Queue,
         policy: Policy,
         preemptor: Preemptor,
         totals: Totals,
@@ -70,12 +71,15 @@ class Planner:
 
     def plan(self, now: float) -> Step | None:
         """The next step, or None if nothing can be computed now. What it contains counts as sent."""
+        needs = self._preemptor.make_room_for_waiting(now) if self._policy.eager and len(self._queue) else []
         preempted = self._totals.preemptions
-        if self._policy.eager and len(self._queue):
-            self._preemptor.make_room_for_waiting(now)
-            preempted = self._totals.preemptions
         draft = Draft(self._max_tokens)
-        decode = self._decode_rows(draft, now)
+        table = self._batch.table
+        ready = table.planned - table.computed == 1
+        ready &= table.planned < table.limit  # what steps in flight will end by length is not run over
+        if needs:
+            self._admit_urgent(draft, needs, int(ready.sum()), now)
+        decode = self._decode_rows(draft, ready, now)
         if draft.budget and (self._batch.prefilling or len(self._queue)):
             # who was just pushed out for lack of blocks does not come back in the same step
             self._fill_budget(draft, admitting=self._totals.preemptions == preempted, now=now)
@@ -85,10 +89,8 @@ class Planner:
 
     # ---- decode --------------------------------------------------------------------------------------------------
 
-    def _decode_rows(self, draft: Draft, now: float) -> NDArray[np.int64]:
+    def _decode_rows(self, draft: Draft, ready: NDArray[np.bool_], now: float) -> NDArray[np.int64]:
         table = self._batch.table
-        ready = table.planned - table.computed == 1
-        ready &= table.planned < table.limit  # what steps in flight will end by length is not run over
         short = ready & (table.computed >= table.capacity)
         if np.count_nonzero(short):
             self._grow(draft, ready, short, now)
@@ -103,21 +105,40 @@ class Planner:
         """A block for each row that is `short` of one, if need be from victims; what gets none now sits out."""
         batch = self._batch
         slots = np.flatnonzero(short)
+        seated = {admit.slot for admit in draft.admit}
         while len(slots) > batch.pool.available + batch.fenced_blocks:
             victim = self._preemptor.victim()
+            if victim in seated:  # part of this very step
+                break
             self._preemptor.preempt(victim, now)
             ready[victim] = False
             slots = slots[slots != victim]
-        if len(slots) > batch.pool.available:
+        # with fenced blocks there are steps in flight, so that all may sit out for one
+        room = max(0, batch.pool.available - (draft.promised if batch.fenced_blocks else 0))
+        if len(slots) > room:
             # blocks of victims come back with the steps in flight
-            order = np.lexsort((batch.table.number[slots], batch.table.rank[slots]))
-            ready[slots[order[batch.pool.available :]]] = False
-            slots = slots[order[: batch.pool.available]]
+            order = np.lexsort((batch.table.number[slots], self._policy.standing(slots, batch.table)))
+            ready[slots[order[room:]]] = False
+            slots = slots[order[:room]]
         if len(slots):
             draft.grow_slots, draft.grow_blocks = slots, batch.pool.allocate(len(slots))
             batch.table.grow(slots, draft.grow_blocks)
 
     # ---- known tokens: chunks and admissions ---------------------------------------------------------------------
+
+    def _admit_urgent(self, draft: Draft, needs: list[int], rows: int, now: float) -> None:
+        """Room was made for the first in the queue, who need `needs` blocks: they start before `rows` decode rows take
+        it, and half of the step's tokens are theirs if they need so many. Who can't start yet is promised the
+        blocks that come back."""
+        held = min(rows, draft.budget // 2)
+        draft.budget -= held
+        started = 0
+        while started < len(needs) and draft.budget and (request := self._queue.peek(now)) is not None:
+            if self._admit(draft, request, now) is not Verdict.ADMITTED:
+                break
+            started += 1
+        draft.budget += held
+        draft.promised = sum(needs[started:])
 
     def _fill_budget(self, draft: Draft, *, admitting: bool, now: float) -> None:
         table, queue = self._batch.table, self._queue
@@ -126,7 +147,7 @@ class Planner:
         deferred: list[Request] = []
         while draft.budget:
             # as many deferred as there are slots: a long queue is not walked through for one step
-            waiting = queue.peek() if admitting and len(deferred) < table.slots else None
+            waiting = queue.peek(now) if admitting and len(deferred) < table.slots else None
             if chunks and (waiting is None or chunks[-1].order < waiting.order):
                 self._chunk(draft, chunks.pop().slot)
             elif waiting is None:
@@ -157,6 +178,7 @@ class Planner:
         self._queue.pop()
         slot = batch.seat(request, hits, cached)
         request.move(RequestState.RUNNING, now)
+        self._policy.admitted(request)
         if not request.preemptions:
             request.first_scheduled = now
             request.cached_tokens = cached

@@ -10,11 +10,11 @@ from __future__ import annotations
 import numpy as np
 
 from .batch import Batch
-from .policies import Policy
+from .policy import Policy
 from .prefix import extend_hashes
 from .request import Request, RequestState
 from .stats import Totals
-from .waiting import WaitingQueue
+from .waiting import Queue
 
 
 def usable_hits(batch: Batch, request: Request) -> list[int]:
@@ -36,9 +36,7 @@ def blocks_to_start(batch: Batch, request: Request, hits: list[int]) -> int:
 class Preemptor:
     """Moves running requests back to the queue."""
 
-    def __init__(
-        self, batch: Batch, queue: WaitingQueue, policy: Policy, totals: Totals, *, prefix_caching: bool
-    ) -> None:
+    def __init__(self, batch: Batch, queue: Queue, policy: Policy, totals: Totals, *, prefix_caching: bool) -> None:
         self._batch = batch
         self._queue = queue
         self._policy = policy
@@ -65,47 +63,51 @@ class Preemptor:
         There must be a running request."""
         return self._worst_first()[0]
 
-    def make_room_for_waiting(self, now: float) -> None:
-        """With an eager policy: push out running requests that the first in the queue outrank, if those can't
-        start otherwise and can then. Blocks that steps in flight still name come a step later."""
+    def make_room_for_waiting(self, now: float) -> list[int]:
+        """With an eager policy: push out running requests for the first in the queue that outrank them, if these
+        can't start otherwise and can then. Blocks that steps in flight still name come a step later.
+
+        Returns the blocks that each of those needs to start; they should, before anything else takes their room."""
         queue, batch = self._queue, self._batch
         slots, blocks = len(batch.free_slots), batch.pool.available + batch.fenced_blocks
+        standing = self._policy.standing(np.flatnonzero(batch.table.lease), batch.table)
+        worst = float(standing.max()) if len(standing) else -np.inf
         seen: list[Request] = []
-        while (request := queue.peek()) is not None:
-            seen.append(queue.pop())
+        needs: list[int] = []
+        while (request := queue.peek(now)) is not None and request.rank <= worst:
+            outranked = [slot for slot in self._worst_first() if self._outranks(request, slot)]
             need = blocks_to_start(batch, request, usable_hits(batch, request))
-            if slots < 1 or blocks < need:
-                victims, freed = self._enough_victims(request, need - blocks, slots < 1)
-                if not victims:
-                    break
-                for slot in victims:
-                    self.preempt(slot, now)
-                slots += len(victims)
-                blocks += freed
-            slots -= 1
-            blocks -= need
+            chosen, freed = self._enough_of(outranked, need - blocks, 1 - slots)
+            if not outranked or chosen is None:
+                break
+            seen.append(queue.pop())
+            needs.append(need)
+            for slot in chosen:
+                self.preempt(slot, now)
+            slots += len(chosen) - 1
+            blocks += freed - need
         for request in seen:
             queue.push(request)
+        return needs
 
-    def _enough_victims(self, request: Request, blocks: int, slot_wanted: bool) -> tuple[list[int], int]:
-        """Slots that `request` outranks and that together give `blocks` and, if wanted, a slot; with the blocks."""
-        batch, chosen, freed = self._batch, [], 0
-        if not batch.num_running or request.rank > float(batch.table.rank[batch.table.lease > 0].max()):
-            return [], 0
-        for slot in self._worst_first():
-            if not self._policy.outranks(request, batch.table.living(slot)):
-                continue
-            chosen.append(slot)
-            freed += sum(1 for block in batch.table.blocks_of(slot) if batch.pool.refs[block] == 1)
-            if freed >= blocks:
-                return chosen, freed
-        return [], 0
+    def _outranks(self, request: Request, slot: int) -> bool:
+        return self._policy.outranks(request, self._batch.table.living(slot))
+
+    def _enough_of(self, slots: list[int], blocks: int, places: int) -> tuple[list[int] | None, int]:
+        """The first of `slots` that together give `blocks` and `places`, with their blocks; None if all don't."""
+        batch, freed = self._batch, 0
+        for count in range(len(slots) + 1):
+            if freed >= blocks and count >= places:
+                return slots[:count], freed
+            if count < len(slots):
+                freed += sum(1 for block in batch.table.blocks_of(slots[count]) if batch.pool.refs[block] == 1)
+        return None, 0
 
     def _worst_first(self) -> list[int]:
         table = self._batch.table
         slots = np.flatnonzero(table.lease)
         # just resumed: nothing new said since
         protected = table.length[slots] <= table.protected_until[slots]
-        order = np.lexsort((-table.number[slots], -table.rank[slots], protected))
+        order = np.lexsort((-table.number[slots], -self._policy.standing(slots, table), protected))
         worst: list[int] = slots[order].tolist()
         return worst

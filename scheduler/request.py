@@ -69,7 +69,7 @@ class Request:
 
     `tokens` are the known tokens (prompt, then generated) as of the last time it entered the queue; while it runs
     the table holds the growing row. `hashes[i]` is the chained hash of its i-th full block. `rank` orders it among
-    others, lowest first, ties by `number`; the policy sets it once.
+    others, lowest first, ties by `number`; the policy sets it.
     """
 
     number: int
@@ -81,7 +81,8 @@ class Request:
     eos_token_ids: tuple[int, ...]
     stop_token_ids: tuple[int, ...]  # all that end it, EOS among them unless ignored
     priority: int
-    client: str
+    client: str  # who asks, for fairness
+    deadline: float  # when its first token should be there at the latest; infinity: no matter when
     cache_salt: str
     tokens: Tokens
     num_prompt: int

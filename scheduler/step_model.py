@@ -49,6 +49,10 @@ class StepModel:
     """See the head of this file. `observe` each finished step, ask `seconds`, `prefill_rate`, `largest_prefill`."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all: steps run on another device from now on."""
         self._prefills = _Moments()
         self._decodes = _Moments()
         # not worked in yet: nothing is computed as long as nobody asks

@@ -18,15 +18,17 @@ if TYPE_CHECKING:
     from fast_inference.launch.engine import AsyncEngine
     from fast_inference.launch.llm import LLM
     from fast_inference.launch.vllm_style import create_vllm_style_engine
-    from fast_inference.protocol.config import EngineConfig, SchedulerPolicy
+    from fast_inference.protocol.config import EngineConfig
     from fast_inference.protocol.errors import (
         ClientError,
+        DeadlineUnreachable,
         EngineDead,
         EngineError,
         InvalidRequest,
         Overloaded,
         StartupError,
     )
+    from fast_inference.protocol.policy_names import SchedulerPolicy
     from fast_inference.protocol.sampling import RequestOutputKind, SamplingParams
 
     __version__: str
@@ -39,9 +41,11 @@ _HOMES = {
     "launch.engine": ("AsyncEngine",),
     "launch.llm": ("LLM",),
     "launch.vllm_style": ("create_vllm_style_engine",),
-    "protocol.config": ("EngineConfig", "SchedulerPolicy"),
+    "protocol.config": ("EngineConfig",),
+    "protocol.policy_names": ("SchedulerPolicy",),
     "protocol.errors": (
         "ClientError",
+        "DeadlineUnreachable",
         "EngineDead",
         "EngineError",
         "InvalidRequest",
@@ -59,6 +63,7 @@ __all__ = [
     "Client",
     "ClientError",
     "CompletionOutput",
+    "DeadlineUnreachable",
     "EngineConfig",
     "EngineDead",
     "EngineError",

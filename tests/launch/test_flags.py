@@ -44,6 +44,7 @@ def test_each_kind_of_value_is_read() -> None:
     config = parse(
         *("--max-num-seqs", "3", "--no-enable-prefix-caching", "--gpu-memory-utilization", "0.5"),
         *("--kv-cache-memory", "1.5GiB", "--model-class", "Mini=mini.py:Mini", "--model-config", '{"layers": 2}'),
+        *("--fair-weights", "alice=2,team=b=0.5"),
         *("--num-gpu-blocks-override", "77", "--scheduling-policy", "priority", "--api-key", "secret"),
     )
     assert config == EngineConfig(
@@ -54,6 +55,7 @@ def test_each_kind_of_value_is_read() -> None:
         model_classes={"Mini": "mini.py:Mini"},
         model_config={"layers": 2},
         num_blocks=77,
+        fair_weights={"alice": 2.0, "team=b": 0.5},
         scheduling_policy="priority",
         api_key="secret",
     )
@@ -65,6 +67,10 @@ def test_each_kind_of_value_is_read() -> None:
         (["--block-size", "0"], "--block-size must be in [1, 4096], got 0"),
         (["--kv-cache-memory", "many"], "'many' is no size"),
         (["--model-class", "Mini"], "NAME=file.py:Class"),
+        (["--fair-weights", "alice"], "'alice' must be CLIENT=WEIGHT"),
+        (["--fair-weights", "a=1,a=2"], "'a' has two weights"),
+        (["--fair-weights", "a=0"], "--fair-weights['a'] must be in"),
+        (["--scheduling-policy", "best"], "--scheduling-policy must be one of fcfs, priority"),
         (["--model-config", "[1]"], "must be a JSON object"),
         (["--model-config", "{"], "not JSON"),
         (["-tp", "2"], "--tensor-parallel-size must be 1"),

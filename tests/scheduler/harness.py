@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from fast_inference.protocol.config import EngineConfig
@@ -16,7 +18,15 @@ from .fake_executor import FakeExecutor, make_info
 class Harness:
     """`submit`, `step` (one result, then new steps) and `drain`; every effect is booked and checked as it comes."""
 
-    def __init__(self, info: EngineInfo | None = None, *, ready: bool = True, **config: object) -> None:
+    def __init__(
+        self,
+        info: EngineInfo | None = None,
+        *,
+        ready: bool = True,
+        cost: Callable[[Step], float] | None = None,
+        **config: object,
+    ) -> None:
+        self._cost = cost  # seconds of a step, which then is all that time passes by
         self.info = info or make_info()
         self.config = EngineConfig(model="fake", **config)  # type: ignore[arg-type]
         self.core = SchedulerCore(self.config)
@@ -59,7 +69,8 @@ class Harness:
         self, key: int, prompt: list[int], *, seed: int | None = None, eos: tuple[int, ...] = (), **fields: object
     ) -> None:
         """Submit a prompt; what is no field of `Submit` goes into its `SamplingParams`."""
-        own = {name: fields.pop(name) for name in ("priority", "cache_salt", "client") if name in fields}
+        names = ("priority", "cache_salt", "client", "deadline_ms")
+        own = {name: fields.pop(name) for name in names if name in fields}
         self.handle(
             Submit(
                 key=key,
@@ -82,16 +93,20 @@ class Harness:
 
     def answer(self) -> None:
         """The device finishes the oldest step."""
-        self.handle(self.device.run(self.queue.popleft()), "executor")
+        step = self.queue.popleft()
+        seconds = 0.0 if self._cost is None else self._cost(step)
+        self.now += seconds
+        self.handle(replace(self.device.run(step), seconds=seconds), "executor")
         self.core.check()
 
     def step(self) -> bool:
         """New steps, then one result; False when there was nothing to do."""
-        self.now += 0.01
+        pause = 0.01 if self._cost is None else 0.0
+        self.now += pause
         self.schedule()
         if not self.queue:
             return False
-        self.now += 0.01
+        self.now += pause
         self.answer()
         return True
 

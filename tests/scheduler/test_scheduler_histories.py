@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fast_inference.protocol.messages import Abort, StopFound
+from fast_inference.protocol.policy_names import SchedulerPolicy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -50,7 +51,7 @@ prompts = st.builds(
     st.lists(st.integers(0, 2), min_size=1, max_size=6),
 )
 sequences = st.builds(
-    lambda prompt, most, least, stops, priority, salt, seed, eos, start, abort, found: Sequence(
+    lambda prompt, most, least, stops, priority, salt, client, deadline, seed, eos, start, abort, found: Sequence(
         prompt,
         {
             "max_tokens": most,
@@ -58,6 +59,8 @@ sequences = st.builds(
             "stop_token_ids": stops,
             "priority": priority,
             "cache_salt": salt,
+            "client": client,
+            "deadline_ms": deadline,
         },
         seed,
         eos,
@@ -71,6 +74,8 @@ sequences = st.builds(
     st.sampled_from([(), (3,), (1, 2, 5), tuple(range(0, 20, 2))]),
     st.integers(-1, 2),
     st.sampled_from(["", "", "salt"]),
+    st.sampled_from(["", "a", "b"]),
+    st.sampled_from([None, 10, 100, 1000]),
     st.integers(0, 6),
     st.sampled_from([(), (0,), (4, 9)]),
     st.integers(0, 12),
@@ -85,7 +90,7 @@ engines = st.fixed_dictionaries(
         "max_num_batched_tokens": st.sampled_from([1, 3, 5, 16, 64]),
         "enable_prefix_caching": st.booleans(),
         "enable_chunked_prefill": st.booleans(),
-        "scheduling_policy": st.sampled_from(["fcfs", "priority", "memory-aware"]),
+        "scheduling_policy": st.sampled_from(list(SchedulerPolicy)),
     }
 )
 
