@@ -1,4 +1,4 @@
-"""The command line: `fast-inference serve | generate | chat | status`.
+"""The command line: `fast-inference serve | generate | chat | status | replay`.
 
 Owns the commands, their flags and what they print; must not know how an engine works. Imports what a command needs
 when it runs, so that `--help` is quick. An `EngineError` leaves as one line (see `__main__.py`).
@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -122,10 +123,20 @@ def status(
     show(as_json)
 
 
+def replay(
+    journal: Annotated[Path, typer.Argument(metavar="FILE", help="what `serve --journal FILE` has written")],
+) -> None:
+    """Run a journal of the scheduler again; exit status 1, with the first difference, if an output is not the same."""
+    from .replay import show_replay
+
+    sys.exit(show_replay(journal))
+
+
 app.command()(takes_engine_flags(serve, leave_out=("model",)))
 app.command()(takes_sampling_flags(takes_engine_flags(generate, leave_out=LEFT_OUT)))
 app.command()(takes_sampling_flags(takes_engine_flags(chat, leave_out=LEFT_OUT)))
 app.command()(status)
+app.command()(replay)
 
 
 @contextmanager

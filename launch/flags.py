@@ -185,7 +185,7 @@ def _parameter(field: dataclasses.Field[Any], hint: Any, comment: str) -> inspec
     elif field.name == "fair_weights":
         kind = str | None
         options |= {"parser": parse_weights, "metavar": "CLIENT=WEIGHT,..."}
-    elif field.name == "kv_cache_memory":
+    elif field.name in ("kv_cache_memory", "journal_max_bytes"):
         options |= {"parser": parse_size, "metavar": "SIZE"}
     elif hint is bool:
         names = (f"{name}/--no-{name[2:]}",)

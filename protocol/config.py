@@ -60,6 +60,9 @@ class EngineConfig:
     start_timeout: float = 600.0  # seconds until every actor must be ready
     shutdown_timeout: float = 5.0  # seconds given to running requests at SIGTERM
     client_endpoint: str | None = None  # a second address for native clients, e.g. tcp://127.0.0.1:5555
+    journal: str | None = None  # record every message of the scheduler into this file, for `replay` and `explain`
+    journal_max_bytes: int = 2**30  # on disk: in FILE and the segment before it, FILE.1
+    journal_redact: bool = False  # no prompts and no text in the journal; it ends when it is full
     log_level: str = "info"  # "debug", "info", "warning", "error"
 
     def __post_init__(self) -> None:
@@ -116,8 +119,11 @@ def _check(c: EngineConfig) -> None:
     within("max_num_queued_reqs", 1, 2**31 - 1)
     within("port", 0, 65535)
     within("api_server_count", 1, MAX_FRONTENDS)
+    within("journal_max_bytes", 2**16, 2**50)
     within("start_timeout", 1, 86400)
     within("shutdown_timeout", 0, 86400)
+    if c.journal == "":
+        raise InvalidRequest("journal must be a file's path, got ''", param="journal")
     if not c.enable_chunked_prefill and c.max_model_len is not None and c.max_num_batched_tokens < c.max_model_len:
         raise InvalidRequest(
             f"max_num_batched_tokens must be at least max_model_len ({c.max_model_len}) without chunked prefill, "

@@ -120,12 +120,15 @@ class SchedulerCore:
     def schedule(self, now: float) -> Step | None:
         """The next step for the executor; None if as many are in flight as may be, or nothing can be computed
         before one of them comes back. What is returned counts as sent."""
-        batch = self.batch
-        if batch is None or self._planner is None or len(batch.in_flight) >= self.config.run_ahead:
-            return None
-        if not len(self._streams):
+        if self._planner is None or not self.may_plan:
             return None
         return self._planner.plan(now)
+
+    @property
+    def may_plan(self) -> bool:
+        """Whether `schedule` would look for work; else it returns None and changes nothing."""
+        batch = self.batch
+        return batch is not None and len(batch.in_flight) < self.config.run_ahead and len(self._streams) > 0
 
     @property
     def idle(self) -> bool:

@@ -25,6 +25,7 @@ from ..protocol.errors import ProtocolError
 from ..protocol.messages import Deliver, Message, Step
 from .core import DETOKENIZER, EXECUTOR, Effect, Log, SchedulerCore
 from .fanout import Fanout
+from .recorder import RecordedCore
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Shell:
 
     def __init__(
         self,
-        core: SchedulerCore,
+        core: SchedulerCore | RecordedCore,
         *,
         requests: Socket,
         results: Socket,
@@ -125,11 +126,24 @@ class Shell:
 
 def run(config: EngineConfig, endpoints: Endpoints, wire: Wire, control: Control) -> None:
     """The scheduler's life; returns after a `Shutdown`, once what was under way is done or its time is over."""
+    core = SchedulerCore(config)
+    if config.journal is None:
+        _serve(core, config, endpoints, wire, control)
+        return
+    recorded = RecordedCore(core, config)
+    try:
+        _serve(recorded, config, endpoints, wire, control)
+    finally:  # of a failure, too: the journal is to tell of it
+        recorded.close()
+
+
+def _serve(
+    core: SchedulerCore | RecordedCore, config: EngineConfig, endpoints: Endpoints, wire: Wire, control: Control
+) -> None:
     requests = wire.bind_router(endpoints.requests, hwm=REQUESTS_HWM)
     results = wire.bind_pull(endpoints.results, hwm=RESULTS_HWM)
     steps = wire.push(endpoints.steps, hwm=STEPS_HWM)
     tokens = [wire.push(endpoints.tokens_of(i), hwm=TOKENS_HWM) for i in range(config.api_server_count)]
-    core = SchedulerCore(config)
     shell = Shell(core, requests=requests, results=results, steps=steps, tokens=tokens)
     sockets = (results, requests, control.socket)
     gc.collect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fast_inference.protocol.messages import Abort, StopFound
@@ -95,14 +96,19 @@ engines = st.fixed_dictionaries(
 )
 
 
-def play(work: list[Sequence], engine: dict[str, object], answers: list[bool]) -> Harness:
+def play(
+    work: list[Sequence],
+    engine: dict[str, object],
+    answers: list[bool],
+    make: Callable[..., Harness] = Harness,
+) -> Harness:
     engine = dict(engine)
     if not engine["enable_chunked_prefill"]:
         engine["max_num_batched_tokens"] = 64
     info = make_info(
         num_blocks=engine.pop("num_blocks"), max_num_seqs=engine["max_num_seqs"], vocab_size=VOCAB, max_model_len=40
     )
-    harness = Harness(info, **engine)
+    harness = make(info, **engine)
     for turn in range(3000):
         for key, sequence in enumerate(work):
             if sequence.start == turn:

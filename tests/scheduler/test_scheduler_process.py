@@ -29,6 +29,7 @@ from fast_inference.protocol.sampling import SamplingParams
 from fast_inference.scheduler import process
 from fast_inference.scheduler.core import SchedulerCore
 from fast_inference.scheduler.process import Shell
+from fast_inference.scheduler.replay import assert_replays, replay
 
 from .fake_executor import FakeExecutor, make_info, token_at
 
@@ -149,7 +150,9 @@ def endpoints(tmp_path: Path) -> Endpoints:
     return Endpoints(str(tmp_path))
 
 
-def test_the_process_serves_on_real_sockets_and_drains_at_shutdown(endpoints: Endpoints) -> None:
+def test_the_process_serves_on_real_sockets_keeps_its_journal_and_drains_at_shutdown(
+    endpoints: Endpoints, tmp_path: Path
+) -> None:
     wire = Wire()
     supervisor = wire.bind_router(endpoints.control, hwm=100)
     steps = wire.bind_pull(endpoints.steps, hwm=100)
@@ -157,7 +160,8 @@ def test_the_process_serves_on_real_sockets_and_drains_at_shutdown(endpoints: En
 
     def life() -> None:
         own = Wire()
-        process.run(EngineConfig(model="fake"), endpoints, own, Control(own, endpoints, "scheduler"))
+        config = EngineConfig(model="fake", journal=str(tmp_path / "journal"))
+        process.run(config, endpoints, own, Control(own, endpoints, "scheduler"))
         own.close()
 
     thread = threading.Thread(target=life)
@@ -186,3 +190,5 @@ def test_the_process_serves_on_real_sockets_and_drains_at_shutdown(endpoints: En
     thread.join(5)
     assert not thread.is_alive()
     wire.close()
+    assert replay(tmp_path / "journal").steps == 20
+    assert_replays(tmp_path / "journal")
