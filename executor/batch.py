@@ -1,7 +1,7 @@
 """The persistent batch: what the executor remembers of each slot between steps.
 
-Owns, slot by slot, the known tokens (on the device), the block table (on both sides), how far the work has come,
-and the sampling columns. A step only says what changed; Python looks at a request when it is admitted, and all else
+Owns, slot by slot, the block table, how far the work has come, and the sampling columns, on the host; the device's
+side is `slot_tensors.py`'s. A step only says what changed; Python looks at a request when it is admitted, and all else
 is array arithmetic. Must not know models, logits or sockets.
 """
 
@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..protocol.errors import EngineError, StartupError
 from ..protocol.messages import Admit, Step
 from .sampling_columns import SamplingColumns
+from .slot_tensors import SlotTensors
 from .transfer import Transfer
 
 Int = NDArray[np.int64]
@@ -33,9 +32,14 @@ class Work:
     samples: NDArray[np.bool_]  # the row reaches its last known token
     lengths: Int  # known tokens; where the row samples, also the index of the new token
 
+    @property
+    def decode(self) -> bool:
+        """Whether every row computes its last known token and nothing else."""
+        return 0 < len(self.slots) == int(self.counts.sum()) and bool(self.samples.all())
+
 
 class PersistentBatch:
-    """`max_num_seqs` slots. `token_ids` and `block_tables` live on the device, the rest on the host."""
+    """`max_num_seqs` slots. `tensors` live on the device, the rest on the host."""
 
     def __init__(
         self,
@@ -52,7 +56,6 @@ class PersistentBatch:
         self.row_tokens = max_model_len + 1  # the token sampled at full length is written, if never read
         self.row_blocks = -(-max_model_len // block_size)
         self.num_blocks = num_blocks
-        self._transfer = transfer
         self.occupied = np.zeros(max_num_seqs, np.bool_)
         self.length = np.zeros(max_num_seqs, np.int64)
         self.computed = np.zeros(max_num_seqs, np.int64)
@@ -61,14 +64,10 @@ class PersistentBatch:
         self.failed: dict[int, str] = {}  # slots that can't go on, with the reason, until they are retired
         self.sampling = SamplingColumns(max_num_seqs, vocab_size)
         try:
-            # Zeros, since an entry that was never set must still name a block; neither is touched before it is used.
-            self.tables = np.zeros((max_num_seqs, self.row_blocks), np.int32)
-            self.token_ids = torch.empty((max_num_seqs, self.row_tokens), dtype=torch.int32, device=transfer.device)
-            self.block_tables = (
-                torch.from_numpy(self.tables)
-                if transfer.shared
-                else torch.zeros(self.tables.shape, dtype=torch.int32, device=transfer.device)
-            )
+            # Zeros, since an entry that was never set must still name a block; not touched before it is used.
+            self.tables = np.zeros((max_num_seqs + 1, self.row_blocks), np.int32)
+            self.tables[max_num_seqs, 0] = num_blocks  # the block behind the last, for the slot behind the last
+            self.tensors = SlotTensors(max_num_seqs, self.row_tokens, self.tables, block_size, transfer)
         except (RuntimeError, MemoryError) as error:
             raise StartupError(
                 f"can't get the memory for {max_num_seqs} slots of {max_model_len} tokens "
@@ -102,10 +101,6 @@ class PersistentBatch:
         self.length[slots] += samples
         return Work(slots, starts, counts, samples, lengths)
 
-    def write_sampled(self, flat_index: Tensor, tokens: Tensor) -> None:
-        """Make `tokens` [R] int64 known: `flat_index` [R] int64 is slot * row_tokens + position."""
-        self.token_ids.view(-1).index_copy_(0, flat_index, tokens.to(torch.int32))
-
     def clear(self) -> None:
         """Forget every request."""
         self._retire(np.flatnonzero(self.occupied).astype(np.int32))
@@ -121,21 +116,9 @@ class PersistentBatch:
     def _admit(self, admits: Sequence[Admit]) -> None:
         for admit in admits:
             self._set_row(admit)
-        token_rows, block_rows = [a.token_ids for a in admits], [a.block_ids for a in admits]
-        if self._transfer.shared:
-            for admit in admits:
-                self.token_ids.numpy()[admit.slot, : len(admit.token_ids)] = admit.token_ids
-            return
-        tokens, blocks = self._transfer.up(np.concatenate(token_rows), np.concatenate(block_rows))
-        parts = zip(
-            admits,
-            torch.split(tokens, [len(row) for row in token_rows]),
-            torch.split(blocks, [len(row) for row in block_rows]),
-            strict=True,
-        )
-        for admit, row_tokens, row_blocks in parts:
-            self.token_ids[admit.slot, : len(row_tokens)] = row_tokens
-            self.block_tables[admit.slot, : len(row_blocks)] = row_blocks
+        slots = np.array([admit.slot for admit in admits], np.int64)
+        self.tensors.admit(slots, [a.token_ids for a in admits], [a.block_ids for a in admits])
+        self.tensors.set_draws(slots, *self.sampling.draws(slots))
 
     def _set_row(self, admit: Admit) -> None:
         slot, known, blocks = admit.slot, len(admit.token_ids), len(admit.block_ids)
@@ -170,9 +153,7 @@ class PersistentBatch:
             raise EngineError(f"blocks for slots {sorted(set(rows.tolist()))}: one is empty, or over {self.row_blocks}")
         self.tables[rows, columns] = blocks
         np.add.at(self.blocks_held, rows, 1)
-        if not self._transfer.shared:
-            index, values = self._transfer.up(rows * self.row_blocks + columns, blocks)
-            self.block_tables.view(-1).index_copy_(0, index, values)
+        self.tensors.grow(rows, columns, blocks)
 
     def _check_blocks(self, blocks: NDArray[np.int32]) -> None:
         if len(blocks) and not 0 <= int(blocks.min()) <= int(blocks.max()) < self.num_blocks:

@@ -105,21 +105,25 @@ def cpu_budget(config: EngineConfig) -> int:
 
 
 class KVCache:
-    """The block tensors of every layer. All zero at first, so that a masked read of a fresh block is finite."""
+    """The block tensors of every layer. All zero at first, so that a masked read of a fresh block is finite.
+
+    One block more than `plan` has, the last, is nobody's: rows that only fill up a recorded step write there.
+    """
 
     def __init__(self, spec: ModelSpec, plan: KVPlan, block_size: int, device: torch.device) -> None:
         """Raises `StartupError` where the memory can't be had."""
         self.layers: list[KVLayer] = []
         if plan.block_bytes == 0:
             return
-        shape = (spec.num_layers, 2, plan.num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
+        size = plan.total_bytes + plan.block_bytes
+        shape = (spec.num_layers, 2, plan.num_blocks + 1, spec.num_kv_heads, block_size, spec.head_dim)
         try:
-            pool = _untouched_zeros(plan.total_bytes) if device.type == "cpu" else None
+            pool = _untouched_zeros(size) if device.type == "cpu" else None
             if pool is None:
-                pool = torch.zeros(plan.total_bytes, dtype=torch.uint8, device=device)
+                pool = torch.zeros(size, dtype=torch.uint8, device=device)
         except (OSError, OverflowError, torch.OutOfMemoryError) as error:
             raise StartupError(
-                f"can't get {plan.total_bytes / 2**20:.0f} MiB for {plan.num_blocks} KV blocks "
+                f"can't get {size / 2**20:.0f} MiB for {plan.num_blocks} KV blocks "
                 f"({str(error).splitlines()[0]}): lower num_blocks or kv_cache_memory"
             ) from None
         self._pool = pool.view(spec.dtype).view(shape)

@@ -21,7 +21,8 @@ from ..protocol.messages import ExecutorReady, Message, Step
 if TYPE_CHECKING:
     import torch
 
-    from .runner import Pending, Runner
+    from .pending import Pending
+    from .runner import Runner
 
 log = logging.getLogger(__name__)
 

@@ -24,6 +24,11 @@ def stream_keys(seeds: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArr
     return _mix(seed ^ (positions.astype(np.uint64) * np.uint64(MIX_1))).view(np.int64)
 
 
+def stream_keys_tensor(seeds: Tensor, positions: Tensor) -> Tensor:
+    """As `stream_keys`, on the tensors' device; [N] int64 each."""
+    return _mix_tensor(_mix_tensor(seeds + _signed(GOLDEN)) ^ (positions * _signed(MIX_1)))
+
+
 def gumbel(keys: Tensor, counters: Tensor) -> Tensor:
     """Standard Gumbel noise, float64, for each pair of `keys` and `counters` (int64, broadcast together)."""
     bits = _mix_tensor(keys + counters * _signed(GOLDEN))

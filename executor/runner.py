@@ -1,8 +1,8 @@
-"""One step of the engine on the device: from a `Step` to a `StepResult`.
+"""One step of the engine on the device: from a `Step` to a `Pending`.
 
-Owns the order of a step (apply, lay out, forward, sample) and what is waited for when: `launch` enqueues all of it
-and waits for nothing, so that a GPU gets step N+1 while N runs; `Pending.finish` waits and reads. Must not know
-sockets or how models compute.
+Owns the order of a step (apply, lay out, forward, sample) and the choice between a recorded decode step and one that
+is launched operation by operation. `launch` enqueues all of it and waits for nothing, so that a GPU gets step N+1
+while N runs. Must not know sockets or how models compute.
 """
 
 from __future__ import annotations
@@ -16,30 +16,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..protocol.errors import EngineError
-from ..protocol.messages import PromptLogprobs, RowFailed, Step, StepResult
+from ..protocol.messages import RowFailed, Step
 from .backends.base import StepBatch
 from .batch import PersistentBatch, Work
+from .decode_graphs import DecodeGraphs
 from .kv_cache import KVCache
 from .layout import Int, Pass, lay_out, passes
-from .logprobs import TopTensors, on_wire, top_logprobs
+from .logprobs import top_logprobs
 from .models.base import Model
-from .sampler import Sampled, Sampler
-from .transfer import Mark, Transfer
+from .pending import Answer, Pending, PromptPart, RowLogprobs, pack
+from .sampler import Sampler
+from .sampling_columns import Choice
+from .transfer import Transfer
 
 log = logging.getLogger(__name__)
 
 PROMPT_LOGITS_BYTES = 128 << 20  # of float32 logits that a pass keeps for prompt logprobs
-
-
-@dataclass(frozen=True, slots=True)
-class PromptPart:
-    """Log-probabilities of some prompt tokens of one slot."""
-
-    slot: int
-    positions: Int
-    tokens: Tensor  # [N] int64
-    alternatives: int
-    top: TopTensors
 
 
 @dataclass(slots=True)
@@ -52,93 +44,22 @@ class _Outcome:
     failed: dict[int, str] = field(default_factory=dict)  # by index into the step's work
 
 
-class Pending:
-    """A step on its way through the device."""
+class Runner:
+    """Runs steps on one device. Not thread-safe; every call in the same thread, under `torch.inference_mode`.
+
+    `graphs`: recordings of decode steps over `batch`, where they are wanted.
+    """
 
     def __init__(
         self,
-        number: int,
-        slots: Int,
-        sampled: Sampled | None,
-        logprob_rows: Int | None,
-        logprob_counts: Int | None,
-        prompts: list[PromptPart],
-        failed: list[RowFailed],
-        started: Mark,
+        model: Model,
+        batch: PersistentBatch,
+        kv: KVCache,
         transfer: Transfer,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
-        self._number = number
-        self._slots = slots
-        self._failed = failed
-        self._started = started
-        self._logprob_rows = logprob_rows
-        self._logprob_counts = logprob_counts
-        self._tokens = transfer.down(sampled.tokens) if sampled else None
-        self._best = transfer.down(sampled.best) if sampled else None
-        self._top = sampled.logprobs.down(transfer) if sampled and sampled.logprobs else None
-        self._prompts = [
-            PromptPart(p.slot, p.positions, transfer.down(p.tokens), p.alternatives, p.top.down(transfer))
-            for p in prompts
-        ]
-        self._ended = transfer.mark()
-
-    def done(self) -> bool:
-        """Whether `finish` would return at once."""
-        return self._ended.done()
-
-    def finish(self) -> StepResult:
-        """Wait for the device and say what it sampled."""
-        self._ended.wait()
-        seconds = self._ended.seconds_since(self._started)
-        prompts = tuple(
-            PromptLogprobs(
-                slot=p.slot,
-                top=on_wire(p.top, p.tokens.numpy(), p.positions, np.full(len(p.positions), p.alternatives)),
-            )
-            for p in self._prompts
-        )
-        if self._tokens is None or self._best is None:
-            empty = np.empty(0, np.int32)
-            return StepResult(
-                number=self._number,
-                slots=empty,
-                tokens=empty,
-                prompt_logprobs=prompts,
-                failed=tuple(self._failed),
-                seconds=seconds,
-            )
-        tokens, best, slots = self._tokens.numpy(), self._best.numpy(), self._slots
-        good = np.isfinite(best)
-        logprobs = None
-        if self._top is not None and self._logprob_rows is not None and self._logprob_counts is not None:
-            rows, counts, top = self._logprob_rows, self._logprob_counts, self._top
-            if not good.all():
-                kept = good[rows]
-                which = torch.from_numpy(kept)
-                top = TopTensors(top.own[which], top.ranks[which], top.ids[which], top.values[which])
-                rows, counts = rows[kept], counts[kept]
-            logprobs = on_wire(top, tokens[rows], (np.cumsum(good) - 1)[rows], counts)
-        if not good.all():
-            for slot, value in zip(slots[~good].tolist(), best[~good].tolist(), strict=True):
-                message = f"the model's logits are not finite: the largest is {value}"
-                self._failed.append(RowFailed(slot=slot, message=message))
-            tokens, slots = tokens[good], slots[good]
-        return StepResult(
-            number=self._number,
-            slots=slots.astype(np.int32),
-            tokens=tokens.astype(np.int32),
-            logprobs=logprobs,
-            prompt_logprobs=prompts,
-            failed=tuple(self._failed),
-            seconds=seconds,
-        )
-
-
-class Runner:
-    """Runs steps on one device. Not thread-safe; every call in the same thread, under `torch.inference_mode`."""
-
-    def __init__(self, model: Model, batch: PersistentBatch, kv: KVCache, transfer: Transfer) -> None:
         self.batch = batch
+        self.graphs = graphs
         self._model = model
         self._kv = kv
         self._transfer = transfer
@@ -158,33 +79,53 @@ class Runner:
             hopeless = [s for s in step.work_slots.tolist() if s in batch.failed]
             failed = [RowFailed(slot=slot, message=batch.failed[slot]) for slot in hopeless]
         work = batch.take_work(step)
+        answer = self._replayed(work) if self.graphs is not None and work.decode else None
+        if answer is None:
+            answer = self._computed(work)
+        answer.failed[:0] = failed
+        return Pending(step.number, answer, started, self._transfer.mark(), self._transfer)
+
+    def _replayed(self, work: Work) -> Answer | None:
+        """A decode step from its recording, or None where there is none for it."""
+        assert self.graphs is not None
+        choice = Choice(int(self.batch.sampling.choice[work.slots].max()))
+        try:
+            result = self.graphs.replay(work.slots, choice)
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            raise _lost(error, self._transfer.device) from error
+        if result is None:
+            return None
+        if choice is not Choice.LOGITS:
+            return Answer(work.slots, result)
+        return self._sampled(work, _Outcome([np.arange(len(work.slots))], [result]))
+
+    def _computed(self, work: Work) -> Answer:
+        """The step pass by pass, operation by operation."""
         outcome = _Outcome()
         for part in self._passes(work):
             self._run_or_isolate(part, work, outcome)
+        answer = self._sampled(work, outcome) if outcome.logits else Answer(work.slots[:0])
+        answer.prompts = outcome.prompts
         for row, message in outcome.failed.items():
             slot = int(work.slots[row])
-            batch.failed[slot] = message
-            failed.append(RowFailed(slot=slot, message=message))
-        if not outcome.logits:
-            return Pending(step.number, work.slots, None, None, None, outcome.prompts, failed, started, self._transfer)
+            self.batch.failed[slot] = message
+            answer.failed.append(RowFailed(slot=slot, message=message))
+        return answer
+
+    def _sampled(self, work: Work, outcome: _Outcome) -> Answer:
+        """Choose a token for each row that has logits, and make it known to its slot."""
+        batch = self.batch
         rows = outcome.sampled_rows[0] if len(outcome.sampled_rows) == 1 else np.concatenate(outcome.sampled_rows)
         logits = outcome.logits[0] if len(outcome.logits) == 1 else torch.cat(outcome.logits)
         slots, lengths = work.slots[rows], work.lengths[rows]
         wants = batch.sampling.rows(slots, lengths, batch.num_prompt[slots])
-        sampled = self._sampler.sample(logits, wants, batch.token_ids)
-        (where,) = self._transfer.up(slots * batch.row_tokens + lengths)
-        batch.write_sampled(where, sampled.tokens)
-        return Pending(
-            step.number,
-            slots,
-            sampled,
-            wants.logprob_rows,
-            wants.logprob_counts,
-            outcome.prompts,
-            failed,
-            started,
-            self._transfer,
-        )
+        sampled = self._sampler.sample(logits, wants, batch.tensors.token_ids)
+        at, known = self._transfer.up(slots, lengths)
+        batch.tensors.append(at, known, sampled.tokens)
+        logprobs = None
+        if sampled.logprobs is not None and wants.logprob_rows is not None and wants.logprob_counts is not None:
+            logprobs = RowLogprobs(wants.logprob_rows, wants.logprob_counts, sampled.logprobs)
+        return Answer(slots, pack(sampled.tokens, sampled.best), logprobs)
 
     def _passes(self, work: Work) -> list[Pass]:
         """How the step goes through the model; nothing for a step without work."""
@@ -243,14 +184,14 @@ class Runner:
         step_batch = StepBatch(
             positions=positions,
             slot_mapping=slot_mapping,
-            block_tables=batch.block_tables[:, :width].index_select(0, slots),
+            block_tables=batch.tensors.block_tables[:, :width].index_select(0, slots),
             query_start=query_start,
             seq_lens=seq_lens,
             num_decodes=0 if recompute else layout.num_decodes,
             max_query_len=layout.max_query_len,
             max_seq_len=layout.max_seq_len,
         )
-        known = batch.token_ids.view(-1)
+        known = batch.tensors.token_ids.view(-1)
         token_ids = known.index_select(0, flat_tokens).to(torch.int64)
         logits = self._model.forward(token_ids, step_batch, self._kv.layers, logits_at)
         wanted = (len(layout.logits_at), self._model.spec.vocab_size)
@@ -268,7 +209,7 @@ class Runner:
         for row in np.flatnonzero(part.prompt_counts).tolist():
             slot, count, first = int(part.slots[row]), int(part.prompt_counts[row]), int(part.starts[row]) + 1
             start, end = end, end + count
-            tokens = self.batch.token_ids[slot, first : first + count].to(torch.int64)
+            tokens = self.batch.tensors.token_ids[slot, first : first + count].to(torch.int64)
             alternatives = int(self.batch.sampling.prompt_logprobs[slot])
             top = top_logprobs(logits[start:end], tokens, alternatives)
             parts.append(PromptPart(slot, np.arange(first, first + count), tokens, alternatives, top))

@@ -7,17 +7,27 @@ that a step where all is greedy does nothing but an argmax. Must not know logits
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..protocol.messages import Admit
+from .logits import FEW
 from .random import stream_keys
 
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy
 
 Int = NDArray[np.int64]
 Float = NDArray[np.float32]
+
+
+class Choice(IntEnum):
+    """What the rows of a decode step need, the least first: a recorded step does what its most demanding row needs."""
+
+    GREEDY = 0  # the largest logit
+    DRAW = 1  # a draw, cut by min_p and by a top_k of at most `logits.FEW`, with or without top_p
+    LOGITS = 2  # anything else: the recorded step ends with its logits, for `sampler.py`
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +89,7 @@ class SamplingColumns:
 
     def __init__(self, slots: int, vocab_size: int) -> None:
         self.vocab_size = vocab_size
-        self.plain = np.ones(slots, np.bool_)
+        self.choice = np.full(slots, Choice.GREEDY, np.int8)
         self.temperature = np.zeros(slots, np.float32)
         self.top_k = np.zeros(slots, np.int64)
         self.top_p = np.ones(slots, np.float32)
@@ -126,14 +136,7 @@ class SamplingColumns:
             )
         if p.allowed_token_ids is not None:
             self._allowed[slot] = np.unique(np.array(p.allowed_token_ids, np.int64))
-        self.plain[slot] = (
-            greedy
-            and p.logprobs is None
-            and not self.penalized[slot]
-            and not self.min_tokens[slot]
-            and slot not in self._bias
-            and slot not in self._allowed
-        )
+        self.choice[slot] = self._choice(slot)
         return self._problem(admit)
 
     def clear(self, slots: NDArray[np.int32]) -> None:
@@ -145,7 +148,7 @@ class SamplingColumns:
 
     def rows(self, slots: Int, lengths: Int, num_prompt: Int) -> SamplingRows:
         """What the rows that sample want: slot `slots[i]` with `lengths[i]` known tokens. All arrays [R]."""
-        if self.plain[slots].all():
+        if not self.choice[slots].any():
             return PLAIN
         logprobs = np.flatnonzero(self.logprobs[slots] >= 0)
         early = (lengths - num_prompt) < self.min_tokens[slots]
@@ -158,6 +161,25 @@ class SamplingColumns:
             logprob_rows=logprobs if len(logprobs) else None,
             logprob_counts=self.logprobs[slots[logprobs]] if len(logprobs) else None,
         )
+
+    def draws(self, slots: Int) -> tuple[Float, Int]:
+        """What draws in `slots` [A] depend on: temperature, top_p and min_p [3, A], top_k and seed [2, A]."""
+        floats = np.stack((self.temperature[slots], self.top_p[slots], self.min_p[slots]))
+        return floats, np.stack((self.top_k[slots], self.seed[slots]))
+
+    def _choice(self, slot: int) -> Choice:
+        if (
+            self.logprobs[slot] >= 0
+            or self.penalized[slot]
+            or self.min_tokens[slot]
+            or slot in self._bias
+            or slot in self._allowed
+        ):
+            return Choice.LOGITS
+        if self.temperature[slot] == 0:
+            return Choice.GREEDY
+        few = (self.top_k[slot] == 0 and self.top_p[slot] >= 1) or 0 < self.top_k[slot] <= FEW
+        return Choice.DRAW if few else Choice.LOGITS
 
     def _penalty_rows(self, slots: Int, lengths: Int, num_prompt: Int) -> PenaltyRows | None:
         rows = np.flatnonzero(self.penalized[slots])

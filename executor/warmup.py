@@ -26,7 +26,7 @@ def warm_up(runner: Runner, config: EngineConfig) -> None:
 
 def profile_peak(runner: Runner, config: EngineConfig) -> int:
     """Bytes that CUDA tensors reach while a step of `max_num_batched_tokens` tokens samples `max_num_seqs` rows."""
-    device = runner.batch.token_ids.device
+    device = runner.batch.tensors.token_ids.device
     torch.cuda.reset_peak_memory_stats(device)
     params = SamplingParams(temperature=1.0, top_p=0.9, presence_penalty=0.1, logprobs=5)
     rows = min(config.max_num_seqs, config.max_num_batched_tokens)

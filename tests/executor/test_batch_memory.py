@@ -63,10 +63,10 @@ def test_a_model_without_keys_needs_no_memory() -> None:
     assert KVCache(spec, plan, 16, torch.device("cpu")).layers == []
 
 
-def test_the_tensors_are_zero_apart_and_of_their_shape() -> None:
+def test_the_tensors_are_zero_apart_and_have_one_block_that_is_nobodys() -> None:
     cache = KVCache(SPEC, KVPlan(5, 64, BLOCK), 16, torch.device("cpu"))
     assert len(cache.layers) == 2
-    assert cache.layers[0].keys.shape == (5, 3, 16, 8) and cache.layers[0].keys.dtype is torch.bfloat16
+    assert cache.layers[0].keys.shape == (5 + 1, 3, 16, 8) and cache.layers[0].keys.dtype is torch.bfloat16
     assert not any(bool(t.any()) for layer in cache.layers for t in (layer.keys, layer.values))
     cache.layers[0].values[1] = 7
     cache.copy_blocks(torch.tensor([1]), torch.tensor([4]))

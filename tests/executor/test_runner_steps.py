@@ -130,7 +130,7 @@ def test_several_new_blocks_of_a_slot_come_in_their_order(model: TinyModel) -> N
     )
     with torch.inference_mode():
         driver.runner.launch(step).finish()
-    assert driver.runner.batch.block_tables[1, :5].tolist() == blocks[1]
+    assert driver.runner.batch.tensors.block_tables[1, :5].tolist() == blocks[1]
     driver.admits = []
     driver.step({0: 3, 1: 5})
     driver.decode(1)

@@ -1,0 +1,146 @@
+"""Decode steps recorded once for each padded number of rows, and replayed.
+
+Owns which sizes are recorded and in what order, the buffer that says which slots a step is for, and the padding. A
+step whose slots are those of the step before needs nothing from the host at all: what its rows are is read from
+`SlotTensors`, which the step itself moves on. Must not know CUDA (`graph_recorder.py`) or messages.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .backends.base import StepBatch
+from .graph_recorder import Recorder, Work
+from .kv_cache import KVCache
+from .layout import Int
+from .models.base import Model
+from .pending import pack
+from .recorded_sampling import drawn, greedy
+from .sampling_columns import Choice
+from .slot_tensors import SlotTensors
+from .transfer import Transfer
+
+log = logging.getLogger(__name__)
+
+LARGEST = 512  # rows of the largest recording: beyond that, launching one by one is no longer what a step waits for
+
+
+def sizes_up_to(rows: int) -> list[int]:
+    """The numbers of rows to record for batches of up to `rows`: close together, since a padded row costs work."""
+    most = min(rows, LARGEST)
+    steps = [1, 2, 4, *range(8, 257, 8), *range(288, LARGEST + 1, 32)]
+    return [*(size for size in steps if size < most), most]
+
+
+def recording_order(sizes: list[int]) -> list[int]:
+    """One request alone first, since it waits the least; then the largest, which serves all others until theirs is
+    there, and whose memory the smaller ones share."""
+    return [sizes[0], *reversed(sizes[1:])]
+
+
+class DecodeGraphs:
+    """Recorded decode steps over one batch. Recording changes nothing that a request could see, so it may be done
+    between any two steps."""
+
+    def __init__(
+        self,
+        model: Model,
+        kv: KVCache,
+        tensors: SlotTensors,
+        recorder: Recorder,
+        transfer: Transfer,
+    ) -> None:
+        rows = tensors.scratch
+        device = transfer.device
+        self._model, self._kv, self._tensors = model, kv, tensors
+        self._recorder, self._transfer = recorder, transfer
+        self._sizes = sizes_up_to(rows)
+        self._missing = deque((choice, size) for choice in Choice for size in recording_order(self._sizes))
+        self.total = len(self._missing)
+        self._recorded: dict[Choice, dict[int, Work]] = {choice: {} for choice in Choice}
+        self._reasons: set[str] = set()
+        most = self._sizes[-1]
+        self._slots = torch.full((most,), tensors.scratch, dtype=torch.int64, device=device)
+        self._told = np.full(most, tensors.scratch, np.int64)  # what `_slots` holds
+        self._counting = torch.arange(most + 1, dtype=torch.int64, device=device)
+        self._starts = self._counting.to(torch.int32)
+        self._logits = torch.empty((most, model.spec.vocab_size), dtype=torch.float32, device=device)
+
+    @property
+    def missing(self) -> int:
+        """Recordings still to be made."""
+        return len(self._missing)
+
+    def record_next(self) -> None:
+        """Make one recording. One that fails is logged with its reason, once for each reason, and its steps are
+        launched operation by operation as before."""
+        choice, size = self._missing.popleft()
+        self._tell(np.full(size, self._tensors.scratch, np.int64))
+        try:
+            self._recorded[choice][size] = self._recorder.record(lambda: self._decode(choice, size))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if reason not in self._reasons:
+                self._reasons.add(reason)
+                log.warning("no graph for decode steps of %d rows (%s): they run eagerly", size, reason)
+
+    def replay(self, slots: Int, choice: Choice) -> Tensor | None:
+        """One decode step of `slots` [R], or None where no recording is there for it.
+
+        For `Choice.LOGITS` the logits [R, V] float32, which the caller may overwrite, and the slots are as they
+        were; else what `pack` makes of the new tokens [2, R], which the slots now have. The next replay overwrites
+        the result.
+        """
+        recorded = self._recorded[choice]
+        fitting = next((size for size in self._sizes if size >= len(slots)), None)
+        if fitting is not None and fitting not in recorded:
+            self._put_first(choice, fitting)
+        size = min((size for size in recorded if size >= len(slots)), default=None)
+        if size is None:
+            return None
+        padded = np.full(size, self._tensors.scratch, np.int64)
+        padded[: len(slots)] = slots
+        self._tell(padded)
+        result = recorded[size]()
+        return result[: len(slots)] if choice is Choice.LOGITS else result[:, : len(slots)]
+
+    def _put_first(self, choice: Choice, size: int) -> None:
+        if (choice, size) in self._missing:  # not one that has failed
+            self._missing.remove((choice, size))
+            self._missing.appendleft((choice, size))
+
+    def _tell(self, padded: Int) -> None:
+        """Have the slots buffer begin with `padded`."""
+        if not np.array_equal(self._told[: len(padded)], padded):
+            (slots,) = self._transfer.up(padded)
+            self._slots[: len(padded)].copy_(slots)
+            self._told[: len(padded)] = padded
+
+    def _decode(self, choice: Choice, size: int) -> Tensor:
+        """The work that is recorded."""
+        slots = self._slots[:size]
+        rows = self._tensors.gather(slots)
+        batch = StepBatch(
+            positions=rows.positions,
+            slot_mapping=rows.slot_mapping,
+            block_tables=rows.block_tables,
+            query_start=self._starts[: size + 1],
+            seq_lens=rows.seq_lens,
+            num_decodes=size,
+            max_query_len=1,
+            max_seq_len=self._tensors.row_tokens - 1,
+        )
+        logits = self._model.forward(rows.token_ids, batch, self._kv.layers, self._counting[:size])
+        if choice is Choice.LOGITS:
+            return self._logits[:size].copy_(logits)
+        if choice is Choice.GREEDY:
+            tokens, best = greedy(logits)
+        else:
+            tokens, best = drawn(logits, rows.lengths, self._tensors.draws(slots))
+        self._tensors.append(slots, rows.lengths, tokens)
+        return pack(tokens, best)

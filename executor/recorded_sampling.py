@@ -1,0 +1,38 @@
+"""Choosing tokens in a recorded decode step: the same work whatever the rows want, parameters read from the device.
+
+Owns the two ways of choosing that a recorded step has (`sampling_columns.Choice`); the tokens are those that
+`sampler.py` chooses for the same rows. Must not know slots, blocks or graphs. Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from . import logits as edits
+from .random import stream_keys_tensor
+from .sampler import GROUP, best_tokens, draw
+from .slot_tensors import DrawColumns
+
+
+def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`logits` [B, V] float32 -> tokens [B] int64 and the largest logits [B] float32."""
+    best, tokens = best_tokens(logits)
+    return tokens, best
+
+
+def drawn(logits: Tensor, lengths: Tensor, columns: DrawColumns) -> tuple[Tensor, Tensor]:
+    """As `greedy`, with a draw where `columns` have a temperature. `lengths` [B] int64: where the new tokens will
+    stand, which the draws are a function of. No row may have a top_p below 1 without a top_k."""
+    best, likeliest = best_tokens(logits)
+    random = columns.temperature > 0
+    temperature = torch.where(random, columns.temperature, 1.0)
+    weights = (logits - best[:, None]).div_(temperature[:, None]).exp_()
+    size = min(edits.FEW, logits.shape[1])
+    least = edits.least_kept(weights, columns.top_k, columns.top_p, columns.min_p, [size])
+    weights.mul_(edits.at_least(weights, least))
+    if short := -logits.shape[1] % GROUP:
+        weights = pad(weights, (0, short))
+    tokens = draw(weights, stream_keys_tensor(columns.seed, lengths)).clamp_(max=logits.shape[1] - 1)
+    return torch.where(random, tokens, likeliest), best
