@@ -1,6 +1,7 @@
 """What the actors cost: real processes, real sockets, and an executor that answers at once.
 
     python benchmarks/step_overhead.py            tokens/s at a client with 256 requests, and the latency of one
+    python benchmarks/step_overhead.py --journal FILE    tokens/s with the scheduler's journal, and without
     python benchmarks/step_overhead.py --core     microseconds of the scheduler's core alone (`core_costs.py`)
     python benchmarks/step_overhead.py --core --peer vllm --peer-python DIR/bin/python
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -170,7 +172,7 @@ async def latency(engine: Engine, tokens: int, step_ms: float) -> dict[str, obje
 # ---- command line ------------------------------------------------------------------------------------------------
 
 
-def actors_cost(options: argparse.Namespace) -> dict[str, object]:
+def engine_config(options: argparse.Namespace) -> EngineConfig:
     config = EngineConfig(
         model=options.model or "",
         skip_tokenizer_init=options.no_text,
@@ -179,7 +181,33 @@ def actors_cost(options: argparse.Namespace) -> dict[str, object]:
         max_num_batched_tokens=8192,
         log_level="warning",
     )
-    config = ModelFinder().find(config, lambda progress: None)
+    return ModelFinder().find(config, lambda progress: None)
+
+
+def journal_cost(options: argparse.Namespace) -> dict[str, object]:
+    """Tokens/s of an engine without a journal and of one with it, in turns, so that both see the same machine."""
+    config = engine_config(options)
+    runs: dict[str, list[int]] = {"without": [], "with": []}
+    with running(config) as plain, running(config.replace(journal=str(options.journal))) as recorded:
+        engines = {"without": plain, "with": recorded}
+        for engine in engines.values():
+            uvloop.run(latency(engine, 100, 0.0))  # warm-up
+        for _ in range(options.runs):
+            for name, engine in engines.items():
+                figures = uvloop.run(throughput(engine, options.requests, options.tokens))
+                runs[name].append(int(str(figures["tokens_per_second"])))
+    ratios = [b / a for a, b in zip(runs["without"], runs["with"], strict=True)]
+    return {
+        "requests": options.requests,
+        "tokens_per_second": runs,
+        "best": round(max(runs["with"]) / max(runs["without"]), 4),
+        "median_of_pairs": round(statistics.median(ratios), 4),
+        "journal_bytes": options.journal.stat().st_size,
+    }
+
+
+def actors_cost(options: argparse.Namespace) -> dict[str, object]:
+    config = engine_config(options)
     with running(config) as engine:
         uvloop.run(latency(engine, 100, 0.0))  # warm-up
         runs = [uvloop.run(throughput(engine, options.requests, options.tokens)) for _ in range(options.runs)]
@@ -218,11 +246,17 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="the best counts")
     parser.add_argument("--latency-tokens", type=int, default=1000)
     parser.add_argument("--step-ms", type=float, default=5.0, help="time of a step while latency is measured")
+    parser.add_argument("--journal", type=Path, metavar="FILE", help="throughput with a journal there, and without")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args()
     if options.peer and not options.core:
         parser.error("--peer needs --core: nothing else of vLLM is measured here")
-    figures = cores_alone(options) if options.core else {"actors": actors_cost(options)}
+    if options.core:
+        figures = cores_alone(options)
+    elif options.journal is not None:
+        figures = {"journal": journal_cost(options)}
+    else:
+        figures = {"actors": actors_cost(options)}
     print(json.dumps(figures, indent=2))
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")

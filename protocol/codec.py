@@ -40,9 +40,19 @@ class _Misfit(Exception):
         self.path: list[str] = []
 
 
-def encode(message: Message) -> bytes:
+# A message and its frame, for the one who encodes it next.
+_kept: tuple[Message | None, bytes] = (None, b"")
+
+
+def encode(message: Message, *, keep: bool = False) -> bytes:
     """One message as one frame. Raises `ProtocolError` for what no frame can hold: an integer over 64 bits, text that
-    is no Unicode (a lone surrogate from JSON), too many bytes."""
+    is no Unicode (a lone surrogate from JSON), too many bytes.
+
+    With `keep`, the next call for this very object, which must not change until then, gets the same frame: who
+    records a message before it is sent does not make its sender encode it again."""
+    global _kept
+    if message is _kept[0]:
+        return _kept[1]
     cls = type(message)
     try:
         frame = cast(bytes, msgpack.packb([cls.__name__, _WRITERS[cls](message)]))
@@ -50,6 +60,8 @@ def encode(message: Message) -> bytes:
         raise ProtocolError(f"{cls.__name__} can't be sent: {error}") from None
     if len(frame) > MAX_FRAME_BYTES:  # its receiver would cut the connection
         raise ProtocolError(f"{cls.__name__} of {len(frame)} bytes is over the limit of {MAX_FRAME_BYTES}")
+    if keep:
+        _kept = (message, frame)
     return frame
 
 

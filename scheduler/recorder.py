@@ -14,7 +14,7 @@ from ..protocol.config import EngineConfig
 from ..protocol.errors import ProtocolError
 from ..protocol.messages import Message, Step
 from .core import Effect, SchedulerCore
-from .journal import Call, Header, Record, outputs_of
+from .journal import Call, Header, outputs_of, pack_record
 from .journal_writer import JournalWriter
 from .redaction import KEY_BYTES, Redactor
 from .snapshot import SnapshotError, freeze_core
@@ -88,7 +88,7 @@ class RecordedCore:
         except ProtocolError as error:  # no frame can hold it: whoever sends it will say so too
             self._writer.stop(str(error))
             return
-        self._writer.append(Record(call, now, sender, frame, outputs).pack(), now)
+        self._writer.append(pack_record(call, now, sender, frame, outputs), now)
         if self._writer.full:
             self._next_segment()
         elif self._core.idle:

@@ -209,3 +209,11 @@ def test_the_wire_page_names_every_message_with_all_its_fields():
         assert f"`{cls.__name__}`" in page, f"WIRE.md does not tell of {cls.__name__}"
         for field in dataclasses.fields(cls):
             assert f"`{field.name}`" in page, f"WIRE.md does not tell of {cls.__name__}.{field.name}"
+
+
+def test_a_kept_frame_is_for_the_same_object_only() -> None:
+    first, second = messages.GetStats(token=1), messages.GetStats(token=1)
+    frame = encode(first, keep=True)
+    assert encode(first) is frame
+    assert encode(second) == frame and encode(second) is not frame
+    assert encode(messages.GetStats(token=2)) != frame
