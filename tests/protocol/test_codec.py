@@ -12,7 +12,7 @@ import pytest
 from fast_inference.protocol import codec
 from fast_inference.protocol.codec import decode, encode
 from fast_inference.protocol.errors import ProtocolError
-from fast_inference.protocol.messages import Abort, Attach, Deliver, Generate, Submit, TextBatch
+from fast_inference.protocol.messages import Abort, Attach, Deliver, Generate, GetStats, Submit, TextBatch
 from fast_inference.protocol.sampling import SamplingParams
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -212,8 +212,8 @@ def test_the_wire_page_names_every_message_with_all_its_fields():
 
 
 def test_a_kept_frame_is_for_the_same_object_only() -> None:
-    first, second = messages.GetStats(token=1), messages.GetStats(token=1)
+    first, second = GetStats(token=1), GetStats(token=1)
     frame = encode(first, keep=True)
     assert encode(first) is frame
     assert encode(second) == frame and encode(second) is not frame
-    assert encode(messages.GetStats(token=2)) != frame
+    assert encode(GetStats(token=2)) != frame
