@@ -1,0 +1,96 @@
+"""The attention kernels as a GPU sees them: compiled for Hopper on any machine, and run at real shapes on a device."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ..random_step import attend, make_step
+
+pytest.importorskip("triton")
+
+from fast_inference.executor.backends.torch import TorchBackend
+from fast_inference.executor.backends.triton import TritonBackend
+from fast_inference.executor.kernels.gpu.attention_decode import decode_attention
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+COMPILE = """
+import sys; sys.path.insert(0, {folder!r})
+from hopper import SHARED_MEMORY, compiled
+import torch
+from fast_inference.executor.backends.base import KVLayer, StepBatch
+from fast_inference.executor.backends.triton import TritonBackend
+
+ints = lambda *values: torch.tensor(values, dtype=torch.int32)
+for head_size, window, soft_cap in ((128, None, None), (64, 100, 30.0)):
+    kv = KVLayer(*torch.zeros(2, 64, 8, 16, head_size, dtype=torch.bfloat16).unbind())
+    batch = StepBatch(ints(0), ints(0), torch.zeros(2, 32, dtype=torch.int32), ints(0, 1, 6), ints(500, 500), 1, 5, 500)
+    q = torch.zeros(6, 32, head_size, dtype=torch.bfloat16)
+    TritonBackend().attention(q, kv, batch, 0.1, window, soft_cap)
+for name, variants in compiled.items():
+    assert all(kernel.metadata.shared <= SHARED_MEMORY and kernel.asm["cubin"] for kernel in variants), name
+    print(name, len(variants))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, which compiles them itself")
+def test_the_kernels_compile_for_hopper_and_fit_into_its_shared_memory() -> None:
+    code = COMPILE.format(folder=str(Path(__file__).parent))
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert set(done.stdout.split()) > {"_decode", "_merge", "_prefill"}
+
+
+@pytest.fixture
+def cuda() -> str:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    torch.manual_seed(0)
+    return "cuda"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("head_size", (64, 80, 96, 128, 256))
+@pytest.mark.parametrize(("window", "soft_cap"), ((None, None), (1000, None), (None, 30.0)))
+def test_mixed_steps_of_real_lengths_attend_as_the_reference_does(
+    cuda: str, dtype: torch.dtype, head_size: int, window: int | None, soft_cap: float | None
+) -> None:
+    lengths = [(1, 0), (1, 4095), (1, 777), (2, 30), (512, 0), (700, 1300), (2048, 0)]
+    step = make_step(lengths, 8, 16, head_size, dtype).to(cuda)
+    q = torch.randn(len(step.batch.positions), 32, head_size, device=cuda).to(dtype)
+    actual = attend(TritonBackend(), q, step, head_size**-0.5, window, soft_cap)
+    expected = attend(TorchBackend(), q, step, head_size**-0.5, window, soft_cap)
+    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", (1, 4, 64))
+def test_one_captured_graph_serves_all_lengths_and_gives_what_a_call_gives(cuda: str, rows: int) -> None:
+    step = make_step([(1, 3999 - 50 * row) for row in range(rows)], 8, 16, 128, torch.bfloat16).to(cuda)
+    kv = step.copy_of_kv()
+    TorchBackend().write_kv(step.fresh(step.keys), step.fresh(step.values), kv, step.batch)
+    q = torch.randn(rows, 32, 128, device=cuda, dtype=torch.bfloat16)
+    out = torch.empty(rows, 32 * 128, device=cuda, dtype=torch.bfloat16)
+    decode_attention(q, kv, step.batch, 0.1, out)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode_attention(q, kv, step.batch, 0.1, out)
+    for length in (1, 64, 100, 800):
+        step.batch.seq_lens.fill_(length)
+        graph.replay()
+        again = torch.empty_like(out)
+        decode_attention(q, kv, replace(step.batch, max_seq_len=length), 0.1, again)
+        assert torch.equal(out, again)
+        expected = TorchBackend().attention(q, kv, replace(step.batch, max_seq_len=length), 0.1)
+        torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
