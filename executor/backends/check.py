@@ -112,6 +112,11 @@ def _make_inputs(device: torch.device, dtype: torch.dtype) -> _Inputs:
     )
 
 
+def _add_norm(backend: Backend, given: _Inputs) -> tuple[Tensor, ...]:
+    linear = backend.linear(given.weight[:HIDDEN].contiguous())
+    return backend.linear_add_norm(linear, given.hidden, given.hidden, given.norm, 1e-5)
+
+
 def _rotate(backend: Backend, given: _Inputs) -> tuple[Tensor, ...]:
     kv, head_norm = given.fresh_kv(), given.norm[:HEAD_SIZE].clone()
     q = backend.rope_and_cache(given.qkv, given.cos_sin, kv, given.batch, head_norm, head_norm)
@@ -135,6 +140,8 @@ OPERATIONS: dict[str, Callable[[Backend, _Inputs], tuple[Tensor, ...]]] = {
     "linear": lambda backend, given: (backend.linear(given.weight)(given.hidden),),
     "rms_norm": lambda backend, given: (backend.rms_norm(given.hidden, given.norm, 1e-5),),
     "silu_mul": lambda backend, given: (backend.silu_mul(given.hidden),),
+    "linear_silu_mul": lambda backend, given: (backend.linear_silu_mul(backend.linear(given.weight), given.hidden),),
+    "linear_add_norm": _add_norm,
     "write_kv": _write,
     "rope_and_cache": _rotate,
     "attention": _attend,
