@@ -32,7 +32,7 @@ def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
     tiles = triton.cdiv(vocab, BEST_TILE)
     tile_best = torch.empty((rows, tiles), dtype=torch.float32, device=logits.device)
     tile_token = torch.empty((rows, tiles), dtype=torch.int64, device=logits.device)
-    _tile_best[(rows, tiles)](logits, tile_best, tile_token, vocab, logits.stride(0), TILE=BEST_TILE, num_warps=4)
+    _tile_best[(rows, tiles)](logits, tile_best, tile_token, vocab, logits.stride(0), TILE=BEST_TILE, num_warps=8)
     _merge_best[(rows,)](
         tile_best, tile_token, best, tokens, tiles, vocab, PAD=triton.next_power_of_2(tiles), num_warps=1
     )
