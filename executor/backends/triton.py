@@ -13,7 +13,10 @@ from torch import Tensor
 from ..kernels.gpu.attention_decode import decode_attention
 from ..kernels.gpu.attention_prefill import prefill_attention
 from ..kernels.gpu.attention_tiles import unsupported
-from .base import KVLayer, StepBatch
+from ..kernels.gpu.norm import add_rms_norm, rms_norm
+from ..kernels.gpu.rope import rope_and_cache, write_kv
+from ..kernels.gpu.silu import silu_mul
+from .base import KVLayer, Linear, StepBatch
 from .torch import TorchBackend
 
 log = logging.getLogger(__name__)
@@ -27,6 +30,34 @@ class TritonBackend(TorchBackend):
     def __init__(self) -> None:
         super().__init__()
         self._told: set[str] = set()  # why something went to torch, each reason logged once
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rms_norm(x, weight, eps)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return silu_mul(gate_up)
+
+    def linear_add_norm(
+        self, linear: Linear, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(linear(x), residual, weight, eps)
+
+    def rope_and_cache(
+        self,
+        qkv: Tensor,
+        cos_sin: Tensor,
+        kv: KVLayer,
+        batch: StepBatch,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> Tensor:
+        return rope_and_cache(
+            qkv, cos_sin, kv.keys, kv.values, batch.positions, batch.slot_mapping, q_norm, k_norm, eps
+        )
+
+    def write_kv(self, k: Tensor, v: Tensor, kv: KVLayer, batch: StepBatch) -> None:
+        write_kv(k, v, kv.keys, kv.values, batch.slot_mapping)
 
     def attention(
         self,
