@@ -59,12 +59,13 @@ class DecodeGraphs:
         device = transfer.device
         self._model, self._kv, self._tensors = model, kv, tensors
         self._recorder, self._transfer = recorder, transfer
-        self._sizes = sizes_up_to(rows)
-        self._missing = deque((choice, size) for choice in Choice for size in recording_order(self._sizes))
+        self.sizes = sizes_up_to(rows)
+        self._missing = deque((choice, size) for choice in Choice for size in recording_order(self.sizes))
         self.total = len(self._missing)
         self._recorded: dict[Choice, dict[int, Work]] = {choice: {} for choice in Choice}
         self._reasons: set[str] = set()
-        most = self._sizes[-1]
+        self.wanted = False  # a step has asked for the recording that is next
+        most = self.sizes[-1]
         self._slots = torch.full((most,), tensors.scratch, dtype=torch.int64, device=device)
         self._told = np.full(most, tensors.scratch, np.int64)  # what `_slots` holds
         self._counting = torch.arange(most + 1, dtype=torch.int64, device=device)
@@ -77,9 +78,13 @@ class DecodeGraphs:
         return len(self._missing)
 
     def record_next(self) -> None:
-        """Make one recording. One that fails is logged with its reason, once for each reason, and its steps are
-        launched operation by operation as before."""
-        choice, size = self._missing.popleft()
+        """Make the next of the missing recordings."""
+        self.wanted = False
+        self.record(*self._missing.popleft())
+
+    def record(self, choice: Choice, size: int) -> None:
+        """Record the decode step of `size` rows. Where that fails it is logged, once for each reason, and such steps
+        are launched operation by operation as before."""
         self._tell(np.full(size, self._tensors.scratch, np.int64))
         try:
             self._recorded[choice][size] = self._recorder.record(lambda: self._decode(choice, size))
@@ -97,7 +102,7 @@ class DecodeGraphs:
         the result.
         """
         recorded = self._recorded[choice]
-        fitting = next((size for size in self._sizes if size >= len(slots)), None)
+        fitting = next((size for size in self.sizes if size >= len(slots)), None)
         if fitting is not None and fitting not in recorded:
             self._put_first(choice, fitting)
         size = min((size for size in recorded if size >= len(slots)), default=None)
@@ -113,6 +118,7 @@ class DecodeGraphs:
         if (choice, size) in self._missing:  # not one that has failed
             self._missing.remove((choice, size))
             self._missing.appendleft((choice, size))
+            self.wanted = True
 
     def _tell(self, padded: Int) -> None:
         """Have the slots buffer begin with `padded`."""

@@ -68,15 +68,17 @@ def pack(tokens: Tensor, best: Tensor) -> Tensor:
 class Pending:
     """A step on its way through the device.
 
-    `started` and `computed`: marks around its work there.
+    `started` and `computed`: marks around its work there. `before`: the end of the step before, if the time from there
+    to here is a gap between two decode steps.
     """
 
-    def __init__(self, number: int, answer: Answer, started: Mark, computed: Mark, transfer: Transfer) -> None:
+    def __init__(
+        self, number: int, answer: Answer, started: Mark, computed: Mark, before: Mark | None, transfer: Transfer
+    ) -> None:
         self._number = number
         self._slots = answer.slots
         self._failed = answer.failed
-        self._started = started
-        self.computed = computed
+        self._started, self._computed, self._before = started, computed, before
         self._packed = None if answer.packed is None else transfer.down(answer.packed)
         self._logprobs = None if answer.logprobs is None else answer.logprobs.down(transfer)
         self._prompts = [part.down(transfer) for part in answer.prompts]
@@ -106,7 +108,8 @@ class Pending:
             logprobs=logprobs,
             prompt_logprobs=tuple(_prompt_on_wire(part) for part in self._prompts),
             failed=tuple(self._failed),
-            seconds=self.computed.seconds_since(self._started),
+            seconds=self._computed.seconds_since(self._started),
+            gap_seconds=None if self._before is None else self._started.seconds_since(self._before),
         )
 
     def _sampled_logprobs(self, tokens: np.ndarray, good: np.ndarray) -> TopLogprobs | None:

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 LINK_HWM = 64  # the scheduler keeps at most `run_ahead` steps in flight, so neither queue ever fills
 IDLE_SECONDS = 0.5  # how long an idle executor sleeps between two looks at the clock
+SPIN_SECONDS = 0.002  # how long to look for another step while the device is busy with the last, before waiting for it
+RECORD_EVERY = 8  # steps between two recordings while there is work: each holds the work up for some steps' time
 
 
 def run(
@@ -77,6 +79,9 @@ class StepLoop:
         self._depth = depth
         self._pending: deque[Pending] = deque()
         self._outbox: deque[Message] = deque()
+        self._patience = 0.0  # until when to look for another step
+        self._steps_since_recording = 0
+        self._recording_began = 0.0
 
     def run(self) -> None:
         """Until `Shutdown`; what was launched before it is still answered."""
@@ -88,9 +93,14 @@ class StepLoop:
             self._flush()
             if len(self._pending) < self._depth and (step := self._next_step()) is not None:
                 self._pending.append(self._runner.launch(step))
-            elif self._pending and self._must_finish():
-                self._finish_oldest()
-            elif not self._pending:
+                self._patience = time.monotonic() + SPIN_SECONDS
+            elif self._pending:
+                if self._must_finish():
+                    self._finish_oldest()
+                    self._record_if_wanted()
+            elif self._to_record():
+                self._record()
+            else:
                 self._wire.wait(self._watched, IDLE_SECONDS)
 
     def send(self, message: Message) -> None:
@@ -100,11 +110,35 @@ class StepLoop:
 
     def _must_finish(self) -> bool:
         """Whether there is nothing better to do than to answer the oldest step. While the device is busy with it,
-        another step may still come and be launched behind it."""
-        return len(self._pending) == self._depth or self._pending[0].done()
+        another step may still come and be launched behind it; one that has not come soon will not."""
+        return len(self._pending) == self._depth or self._pending[0].done() or time.monotonic() > self._patience
 
     def _finish_oldest(self) -> None:
         self.send(self._pending.popleft().finish())
+
+    def _to_record(self) -> int:
+        return self._runner.graphs.missing if self._runner.graphs is not None else 0
+
+    def _record_if_wanted(self) -> None:
+        """Between steps, make a recording only where a step has just missed it, and not too often."""
+        self._steps_since_recording += 1
+        graphs = self._runner.graphs
+        if graphs is not None and graphs.wanted and self._steps_since_recording >= RECORD_EVERY:
+            self._record()
+
+    def _record(self) -> None:
+        """Make one recording of a decode step, and tell how far it is."""
+        graphs = self._runner.graphs
+        if graphs is None:
+            return
+        if graphs.missing == graphs.total:
+            self._recording_began = time.monotonic()
+        graphs.record_next()
+        self._steps_since_recording = 0
+        self._control.progress("recording decode steps", graphs.total - graphs.missing, graphs.total)
+        if not graphs.missing:
+            seconds = time.monotonic() - self._recording_began
+            log.info("recorded %d decode steps in %.1f s, between the work", graphs.total, seconds)
 
     def _next_step(self) -> Step | None:
         received = self._steps.receive()

@@ -27,7 +27,7 @@ from .models.base import Model
 from .pending import Answer, Pending, PromptPart, RowLogprobs, pack
 from .sampler import Sampler
 from .sampling_columns import Choice
-from .transfer import Transfer
+from .transfer import Mark, Transfer
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +61,10 @@ class Runner:
         self.batch = batch
         self.graphs = graphs
         self._model = model
-        self._kv = kv
+        self.kv = kv
         self._transfer = transfer
         self._sampler = Sampler(transfer)
+        self._last_decode: Mark | None = None  # the end of the step before, if it only decoded
         self._prompt_limit = max(64, PROMPT_LOGITS_BYTES // (4 * model.spec.vocab_size))
 
     def launch(self, step: Step) -> Pending:
@@ -72,7 +73,7 @@ class Runner:
         started = self._transfer.mark()
         batch = self.batch
         if len(step.copy_from):
-            self._kv.copy_blocks(*self._transfer.up(step.copy_from.astype(np.int64), step.copy_to.astype(np.int64)))
+            self.kv.copy_blocks(*self._transfer.up(step.copy_from.astype(np.int64), step.copy_to.astype(np.int64)))
         batch.apply(step)
         failed = []
         if batch.failed:
@@ -83,7 +84,11 @@ class Runner:
         if answer is None:
             answer = self._computed(work)
         answer.failed[:0] = failed
-        return Pending(step.number, answer, started, self._transfer.mark(), self._transfer)
+        computed = self._transfer.mark()
+        # A request that starts comes after a pause as likely as not, which would be no gap.
+        before = self._last_decode if work.decode and not step.admit else None
+        self._last_decode = computed if work.decode else None
+        return Pending(step.number, answer, started, computed, before, self._transfer)
 
     def _replayed(self, work: Work) -> Answer | None:
         """A decode step from its recording, or None where there is none for it."""
@@ -193,7 +198,7 @@ class Runner:
         )
         known = batch.tensors.token_ids.view(-1)
         token_ids = known.index_select(0, flat_tokens).to(torch.int64)
-        logits = self._model.forward(token_ids, step_batch, self._kv.layers, logits_at)
+        logits = self._model.forward(token_ids, step_batch, self.kv.layers, logits_at)
         wanted = (len(layout.logits_at), self._model.spec.vocab_size)
         if tuple(logits.shape) != wanted:
             raise ValueError(f"logits have shape {tuple(logits.shape)}, wanted {wanted}")

@@ -21,6 +21,9 @@ from ..protocol.messages import EngineInfo
 from .backends.base import Backend, KernelsUnavailable
 from .batch import PersistentBatch
 from .checkpoint import Progress
+from .decode_graphs import DecodeGraphs
+from .graph_memory import bytes_of_all
+from .graph_recorder import Recorder
 from .kv_cache import KVCache, KVPlan, allowed_length, bytes_per_block, cpu_budget, plan_kv
 from .models.base import Model, ModelSpec
 from .runner import Runner
@@ -65,8 +68,9 @@ def start(config: EngineConfig, progress: Progress, live: torch.nn.Module | None
     transfer = Transfer(device)
     allowed_length(config, model.spec)  # before the profiling run, whose time a refusal would waste
     progress("measuring memory", 0, 0)
-    plan = plan_memory(config, model, transfer)
-    runner = make_runner(config, model, plan, transfer)
+    graphs = wants_graphs(config, model, device)
+    plan = plan_memory(config, model, transfer, graphs)
+    runner = make_runner(config, model, plan, transfer, graphs)
     clock.end("memory")
     progress("warming up", 0, 0)
     warm_up(runner, config)
@@ -94,6 +98,7 @@ def start(config: EngineConfig, progress: Progress, live: torch.nn.Module | None
         "num_blocks": plan.num_blocks,
         "kv_bytes": plan.total_bytes,
         "max_model_len": plan.max_model_len,
+        "decode_graphs": runner.graphs.total if runner.graphs is not None else 0,
         **clock.seconds,
     }
     return Engine(runner, info, facts, depth=1 if device.type == "cpu" else config.run_ahead)
@@ -164,48 +169,76 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, 2**31 - 1)
 
 
-def plan_memory(config: EngineConfig, model: Model, transfer: Transfer) -> KVPlan:
-    """How many KV blocks there will be."""
+def plan_memory(config: EngineConfig, model: Model, transfer: Transfer, graphs: bool) -> KVPlan:
+    """How many KV blocks there will be. `graphs`: decode steps will be recorded."""
     if config.num_blocks is not None or model.spec.recompute:
         return plan_kv(config, model.spec, 0, "num_blocks")
     if transfer.shared:
         return plan_kv(config, model.spec, cpu_budget(config), "kv_cache_memory")
-    return plan_kv(config, model.spec, _gpu_budget(config, model, transfer), "gpu_memory_utilization")
+    return plan_kv(config, model.spec, _gpu_budget(config, model, transfer, graphs), "gpu_memory_utilization")
 
 
-def make_runner(config: EngineConfig, model: Model, plan: KVPlan, transfer: Transfer) -> Runner:
-    """A runner with an empty batch and `plan`'s blocks."""
+def wants_graphs(config: EngineConfig, model: Model, device: torch.device) -> bool:
+    """Whether decode steps are to be recorded. The recording itself is done between steps, after the start."""
+    if device.type != "cuda" or config.enforce_eager:
+        return False
+    if not model.spec.static:
+        log.info("decode steps of %s run eagerly: model or kernels can't be recorded", model.spec.architecture)
+    return model.spec.static
+
+
+def make_runner(config: EngineConfig, model: Model, plan: KVPlan, transfer: Transfer, graphs: bool) -> Runner:
+    """A runner with an empty batch and `plan`'s blocks; with recordings of decode steps, none made yet, if `graphs`."""
     spec: ModelSpec = model.spec
     kv = KVCache(spec, plan, config.block_size, transfer.device)
     batch = PersistentBatch(
         config.max_num_seqs, plan.max_model_len, config.block_size, plan.num_blocks, spec.vocab_size, transfer
     )
-    return Runner(model, batch, kv, transfer)
+    recordings = DecodeGraphs(model, kv, batch.tensors, Recorder(transfer.device), transfer) if graphs else None
+    return Runner(model, batch, kv, transfer, recordings)
 
 
-def _gpu_budget(config: EngineConfig, model: Model, transfer: Transfer) -> int:
+def _gpu_budget(config: EngineConfig, model: Model, transfer: Transfer, graphs: bool) -> int:
     """Bytes for keys and values: the share that the engine may use, minus what is used already (by anyone), minus
-    what the largest step needs beside, as a profiling run measures it."""
+    what the largest step and the recorded decode steps need beside, as a profiling run measures it."""
     device = transfer.device
     length = allowed_length(config, model.spec)
     tokens = min(config.max_num_batched_tokens, config.max_num_seqs * length)
     blocks = -(-tokens // config.block_size) + config.max_num_seqs
     small = KVPlan(blocks, min(length, blocks * config.block_size), bytes_per_block(model.spec, config.block_size))
     held = torch.cuda.memory_allocated(device)
-    runner = make_runner(config, model, small, transfer)
+    runner = make_runner(config, model, small, transfer, graphs=False)
     before = torch.cuda.memory_allocated(device)
     peak = profile_peak(runner, config) - before
     del runner
+    recorded = _graph_bytes(config, model, small, transfer) if graphs else 0
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - held
     rows = config.max_num_seqs * (length + 1 + -(-length // config.block_size)) * 4
-    budget = int(total * config.gpu_memory_utilization) - (total - free - cached) - peak - rows
+    spare = bytes_per_block(model.spec, config.block_size)  # the cache's block that is nobody's
+    budget = int(total * config.gpu_memory_utilization) - (total - free - cached) - peak - recorded - rows - spare
     log.info(
-        "GPU memory: %.1f of %.1f GiB free, a full step takes %.1f, the batch %.1f: %.1f GiB for keys and values",
-        *(n / 2**30 for n in (free, total, peak, rows, max(0, budget))),
+        "GPU memory: %.1f of %.1f GiB free, a full step takes %.1f, recorded steps %.1f, the batch %.1f: "
+        "%.1f GiB for keys and values",
+        *(n / 2**30 for n in (free, total, peak, recorded, rows, max(0, budget))),
     )
     return max(0, budget)
+
+
+def _graph_bytes(config: EngineConfig, model: Model, small: KVPlan, transfer: Transfer) -> int:
+    """Bytes that all recordings of decode steps will take, from making some of them over a small cache."""
+
+    def used() -> int:
+        torch.cuda.synchronize(transfer.device)
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(transfer.device)
+        return total - free
+
+    runner = make_runner(config, model, small, transfer, graphs=False)
+    before = used()
+    graphs = DecodeGraphs(model, runner.kv, runner.batch.tensors, Recorder(transfer.device), transfer)
+    return used() - before + bytes_of_all(graphs, used)
 
 
 class _Phases:

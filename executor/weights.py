@@ -53,7 +53,7 @@ class SafetensorsWeights:
         self._files: dict[str, Any] = {}  # tensor name -> open file
         for path in safetensors_files(folder):
             try:
-                file = safe_open(path, framework="pt", device="cpu")
+                file = safe_open(path, framework="pt", device=str(device))
             except (SafetensorError, OSError) as error:
                 raise StartupError(f"{path} can't be read: {error}; fetch or convert the model again") from None
             self._files.update(dict.fromkeys(file.keys(), file))  # type: ignore[no-untyped-call]
@@ -78,14 +78,24 @@ class SafetensorsWeights:
         self._total = size * sum(_numel(shape) for shape in expected.values())
 
     def take(self, *names: str, shapes: Mapping[str, Shape]) -> Tensor:
+        if (
+            self._device.type == "cuda" and len(names) == 1
+        ):  # read to its place; in main memory it would stay the file's
+            out = self._files[names[0]].get_tensor(names[0]).to(self._dtype)
+        else:
+            out = self._joined(names, shapes)
+        self._done += out.numel() * out.element_size()
+        self._progress("loading weights", min(self._done, self._total), self._total)
+        return out
+
+    def _joined(self, names: Sequence[str], shapes: Mapping[str, Shape]) -> Tensor:
+        """The tensors `names` one above the other; beside the result only one of them is in memory at a time."""
         out = _empty(names, shapes, self._dtype, self._device)
         row = 0
         for name in names:
             rows = shapes[name][0]
             out[row : row + rows].copy_(self._files[name].get_tensor(name))
             row += rows
-        self._done += out.numel() * out.element_size()
-        self._progress("loading weights", min(self._done, self._total), self._total)
         return out
 
     def _shape(self, name: str) -> Shape:

@@ -13,7 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 
 from ..protocol.config import EngineConfig
 from ..protocol.messages import Distribution, EngineInfo, FrontendFigures, Stats, StreamEnd
@@ -207,6 +213,11 @@ class Metrics:
             counter = CounterMetricFamily(PREFIX + name, text, labels=names)
             counter.add_metric(values, value)
             yield counter
+        gaps = SummaryMetricFamily(
+            PREFIX + "device_gap_seconds", "Idle seconds of the device between two decode steps.", labels=names
+        )
+        gaps.add_metric(values, s.gaps, s.gap_seconds)
+        yield gaps
         ended = CounterMetricFamily(
             PREFIX + "request_success", "Sequences that ended, by reason.", labels=[*names, "finished_reason"]
         )

@@ -153,6 +153,8 @@ class Stats:
     scheduled_tokens: int = 0
     finished: dict[str, int] = field(default_factory=dict)  # by reason
     step_seconds: float = 0.0  # device-side time of the last step, as the executor measured it
+    gaps: int = 0  # decode steps that followed a decode step
+    gap_seconds: float = 0.0  # the device's idle time between those, all together
 
 
 # ---- to the executor, from the scheduler -------------------------------------------------------------------------
@@ -233,6 +235,7 @@ class StepResult:
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     failed: tuple[RowFailed, ...] = ()
     seconds: float = 0.0  # from the start of the step's work on the device to its end
+    gap_seconds: float | None = None  # the device's idle time since the step before, where both only decode
 
 
 # ---- to the detokenizer, from the scheduler ----------------------------------------------------------------------

@@ -207,6 +207,9 @@ class SchedulerCore:
             empty = StepResult(number=batch.in_flight[0].number, slots=result.slots[:0], tokens=result.tokens[:0])
             self._apply(batch, preemptor, empty, now)
         self.totals.step_seconds = result.seconds
+        if result.gap_seconds is not None:
+            self.totals.gaps += 1
+            self.totals.gap_seconds += result.gap_seconds
         record = batch.in_flight[0]
         self.step_model.observe(record.prefill_tokens, record.rows, record.context, result.seconds)
         self._apply(batch, preemptor, result, now)

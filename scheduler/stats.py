@@ -19,6 +19,8 @@ class Totals:
     generation_tokens: int = 0
     steps: int = 0
     step_seconds: float = 0.0  # of the last step
+    gaps: int = 0  # decode steps that followed a decode step
+    gap_seconds: float = 0.0  # between those, all together
     preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
@@ -59,4 +61,6 @@ def snapshot(totals: Totals, batch: Batch | None, *, waiting: int, token: int) -
         scheduled_tokens=totals.scheduled_tokens,
         finished=dict(totals.finished),
         step_seconds=totals.step_seconds,
+        gaps=totals.gaps,
+        gap_seconds=totals.gap_seconds,
     )

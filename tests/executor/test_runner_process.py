@@ -10,12 +10,12 @@ from pathlib import Path
 import fast_inference.executor.models as models
 import numpy as np
 import pytest
-from fast_inference.executor import process
+from fast_inference.executor import process, startup
 from fast_inference.protocol.actor import Control
 from fast_inference.protocol.channel import Wire, ZmqSocket
 from fast_inference.protocol.config import EngineConfig
 from fast_inference.protocol.endpoints import Endpoints
-from fast_inference.protocol.messages import Admit, ExecutorReady, Message, Ready, Shutdown, Step, StepResult
+from fast_inference.protocol.messages import Admit, ExecutorReady, Message, Progress, Ready, Shutdown, Step, StepResult
 
 from .tiny_model import GREEDY, VOCAB, TinyModel
 
@@ -89,6 +89,27 @@ def test_an_executor_says_what_it_is_answers_steps_in_order_and_stops_when_told(
         assert isinstance(result, StepResult) and result.number == number
         tokens += result.tokens.tolist()
     assert tokens == TinyModel().generate([5, 6, 7], 2)
+
+
+def test_an_idle_executor_records_its_decode_steps_and_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load_model", lambda *_: TinyModel())
+    monkeypatch.setattr(startup, "wants_graphs", lambda *_: True)
+    engine = Engine(tmp_path)
+    try:
+        ready = engine.await_message(engine.control, Ready)
+        assert isinstance(ready, Ready) and ready.facts["decode_graphs"] == 9  # 1, 2 and 4 rows, three ways to choose
+        done: list[int] = []
+        while done[-1:] != [9]:
+            told = engine.await_message(engine.control, Progress)
+            assert isinstance(told, Progress)
+            if told.phase == "recording decode steps":
+                done.append(told.done)
+                assert told.total == 9
+        assert done == list(range(1, 10))
+    finally:
+        engine.close()
 
 
 def test_a_frame_that_is_no_message_does_not_stop_the_executor(engine: Engine) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fast_inference.executor.decode_graphs import DecodeGraphs, recording_order, sizes_up_to
+from fast_inference.executor.graph_memory import bytes_of_all
 from fast_inference.executor.graph_recorder import Recorder, Work
 from fast_inference.executor.random import stream_keys, stream_keys_tensor
 from fast_inference.executor.sampling_columns import Choice
@@ -138,6 +139,20 @@ def test_rows_that_only_fill_up_write_to_nobodys_block_and_slot() -> None:
     assert int(tensors.lengths[tensors.scratch]) == 1
 
 
+def test_the_gap_is_told_for_decode_steps_that_follow_one_another_and_for_no_others() -> None:
+    driver = Driver(TinyModel())
+    driver.admit(0, prompt(4))
+    assert driver.step({0: 4}).gap_seconds is None  # a prompt
+    assert driver.step({0: 1}).gap_seconds is None  # behind a prompt
+    gap = driver.step({0: 1}).gap_seconds
+    assert gap is not None and gap > 0
+    driver.admit(1, prompt(1))
+    assert driver.step({0: 1, 1: 1}).gap_seconds is None  # whose request may have come after a pause
+    assert driver.step({0: 1, 1: 1}).gap_seconds is not None
+    driver.step({})
+    assert driver.step({0: 1, 1: 1}).gap_seconds is None
+
+
 # ---- which recordings there are ------------------------------------------------------------------------------------
 
 
@@ -212,6 +227,13 @@ def test_a_recording_that_fails_is_logged_once_and_its_steps_run_eagerly(caplog:
     driver.decode(3)
     for slot in range(3):
         assert driver.out[slot] == TinyModel().generate(prompt(4, slot), len(driver.out[slot]))
+
+
+def test_memory_is_reckoned_from_the_largest_and_the_smallest_recordings() -> None:
+    graphs = Driver(TinyModel(), slots=8).graphs  # 1, 2, 4 and 8 rows, three ways to choose
+    readings = iter([1000, 1600, 1630])
+    with torch.inference_mode():
+        assert bytes_of_all(graphs, lambda: next(readings)) == 600 + 9 * 10
 
 
 def test_recording_between_two_steps_changes_nothing() -> None:
