@@ -78,11 +78,9 @@ class SafetensorsWeights:
         self._total = size * sum(_numel(shape) for shape in expected.values())
 
     def take(self, *names: str, shapes: Mapping[str, Shape]) -> Tensor:
-        if (
-            self._device.type == "cuda" and len(names) == 1
-        ):  # read to its place; in main memory it would stay the file's
-            out = self._files[names[0]].get_tensor(names[0]).to(self._dtype)
-        else:
+        if len(names) == 1 and self._device.type == "cuda":
+            out: Tensor = self._files[names[0]].get_tensor(names[0]).to(self._dtype)
+        else:  # on a CPU one tensor too is copied: it would stay a part of the file
             out = self._joined(names, shapes)
         self._done += out.numel() * out.element_size()
         self._progress("loading weights", min(self._done, self._total), self._total)

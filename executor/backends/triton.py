@@ -26,6 +26,7 @@ class TritonBackend(TorchBackend):
     """`Backend` by Triton kernels, for tensors on a CUDA device (or in Triton's interpreter, on any)."""
 
     name = "triton"
+    static_decode = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -53,6 +53,15 @@ class OneThreadEngine:
         assert not wrong, f"requests that did not end by length: {wrong}"
         return [self._tokens[number] for number in range(first, first + len(prompts))]
 
+    def record_decode_steps(self) -> int:
+        """Make all recordings, as an idle executor does; how many there are."""
+        graphs = self._runner.runner.graphs
+        assert graphs is not None, "decode steps are not recorded here"
+        with torch.inference_mode():
+            while graphs.missing:
+                graphs.record_next()
+        return graphs.total
+
     def stats(self) -> Stats:
         self._tell(GetStats(token=1), FRONTEND)
         return self._stats

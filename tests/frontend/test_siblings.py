@@ -92,3 +92,9 @@ def test_a_histogram_of_other_buckets_is_not_added() -> None:
     strange = Distribution(counts=np.ones(2, np.int64), sum=9.0)
     page = metrics.page(Stats(), None, [FrontendFigures(histograms={"request_prompt_tokens": strange})]).decode()
     assert 'fast_inference:request_prompt_tokens_sum{engine="0",model_name="m"} 3.0' in page
+
+
+def test_the_devices_gaps_between_decode_steps_are_a_count_and_a_sum() -> None:
+    page = Metrics(EngineConfig(model="m")).page(Stats(gaps=4, gap_seconds=0.5), None).decode()
+    assert 'fast_inference:device_gap_seconds_count{engine="0",model_name="m"} 4.0' in page
+    assert 'fast_inference:device_gap_seconds_sum{engine="0",model_name="m"} 0.5' in page

@@ -289,6 +289,16 @@ def test_a_restarted_executor_with_less_room_fails_what_does_not_fit_it() -> Non
     assert harness.tokens[2] == said(2, 3, 9)
 
 
+def test_gaps_between_decode_steps_are_added_up() -> None:
+    harness = Harness()
+    harness.submit(1, [1, 2, 3], max_tokens=5)
+    for gap in (None, 0.25, 0.5):
+        harness.schedule()
+        result = harness.device.run(harness.queue.popleft())
+        harness.handle(dataclasses.replace(result, gap_seconds=gap), "executor")
+    assert (stats(harness).gaps, stats(harness).gap_seconds) == (2, 0.75)
+
+
 def test_results_that_belong_to_no_step_are_passed_over_with_a_log_line() -> None:
     harness = Harness()
     none = np.empty(0, np.int32)
