@@ -30,7 +30,7 @@ from ..protocol.messages import (
     TextBatch,
 )
 from ..protocol.sampling import SamplingParams
-from .client_requests import CANCELLED, ClientRequest, Prompt, generate_message
+from .client_requests import CANCELLED, ClientRequest, Prompt, Terms, generate_message
 from .logprobs import by_row
 from .outputs import RequestOutput
 
@@ -149,17 +149,24 @@ class AsyncClient:
         priority: int = 0,
         cache_salt: str = "",
         on_accepted: Callable[[], None] | None = None,
+        *,
+        client: str = "",
+        deadline_ms: int | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Generate for one prompt: a string, token ids, or {"prompt_token_ids": [...]} or {"prompt": "..."}.
+
+        Under the scheduling policies of their names, a higher `priority` goes first, `client` (by default this
+        connection) gets its share, and the first token is wanted within `deadline_ms`.
 
         Yields `RequestOutput`s as `params.output_kind` says, the last of them `finished`. Leaving the iteration
         early cancels the request. `on_accepted` is called once the request is in the engine's queue. Raises the
         engine's error where it refuses or fails the request.
         """
         asked = params or SamplingParams()
+        terms = Terms(priority=priority, cache_salt=cache_salt, client=client, deadline_ms=deadline_ms)
 
         def build(key: int, name: str) -> tuple[Generate, str | None]:
-            return generate_message(key, name, prompt, asked, priority, cache_salt)
+            return generate_message(key, name, prompt, asked, terms)
 
         return self._run(build, asked, request_id, on_accepted)
 
@@ -170,13 +177,23 @@ class AsyncClient:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        *,
+        client: str = "",
+        deadline_ms: int | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """As `generate`, for a conversation (`[{"role": ..., "content": ...}, ...]`) and the model's chat template."""
         asked = params or SamplingParams()
 
         def build(key: int, name: str) -> tuple[Generate, str | None]:
             message = Generate(
-                key=key, request_id=name, params=asked, chat=messages, priority=priority, cache_salt=cache_salt
+                key=key,
+                request_id=name,
+                params=asked,
+                chat=messages,
+                priority=priority,
+                cache_salt=cache_salt,
+                client=client,
+                deadline_ms=deadline_ms,
             )
             return message, None
 

@@ -87,15 +87,20 @@ class Client:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: int | Sequence[int] = 0,
+        client: str | list[str] = "",
+        deadline_ms: int | Sequence[int] | None = None,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """Generate for one prompt or many; the results are in the prompts' order.
 
-        `params`: one for all, or one per prompt. `use_tqdm` (vLLM's name) shows a progress bar. Raises the error of
-        the first request that fails; the others are cancelled then. Refusals for want of room are tried again.
+        `params` and what follows: one for all, or one per prompt, as in `AsyncClient.generate`. `use_tqdm` (vLLM's
+        name) shows a progress bar. Raises the error of the first request that fails; the others are cancelled then.
+        Refusals for want of room are tried again.
         """
         many = as_list(prompts)
-        return self._run_all(many, params, priority, use_tqdm, self._client.generate)
+        return self._run_all(
+            many, params, _terms(len(many), priority, client, deadline_ms), use_tqdm, self._client.generate
+        )
 
     def chat(
         self,
@@ -103,23 +108,41 @@ class Client:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: int | Sequence[int] = 0,
+        client: str | list[str] = "",
+        deadline_ms: int | Sequence[int] | None = None,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """As `generate`, for one conversation or many."""
         many = [messages] if messages and isinstance(messages[0], dict) else list(messages)
-        return self._run_all(many, params, priority, use_tqdm, self._client.chat)
+        return self._run_all(
+            many, params, _terms(len(many), priority, client, deadline_ms), use_tqdm, self._client.chat
+        )
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        client: str = "",
+        deadline_ms: int | None = None,
     ) -> Iterator[RequestOutput]:
         """Generate for one prompt, yielding outputs as they come. Leaving the iteration early cancels."""
-        return self._stream(self._client.generate(prompt, params, priority=priority))
+        source = self._client.generate(prompt, params, priority=priority, client=client, deadline_ms=deadline_ms)
+        return self._stream(source)
 
     def stream_chat(
-        self, messages: Messages, params: SamplingParams | None = None, *, priority: int = 0
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        client: str = "",
+        deadline_ms: int | None = None,
     ) -> Iterator[RequestOutput]:
         """As `stream`, for a conversation."""
-        return self._stream(self._client.chat(messages, params, priority=priority))
+        source = self._client.chat(messages, params, priority=priority, client=client, deadline_ms=deadline_ms)
+        return self._stream(source)
 
     def _stream(self, source: AsyncIterator[RequestOutput]) -> Iterator[RequestOutput]:
         outputs: queue.SimpleQueue[RequestOutput | BaseException | None] = queue.SimpleQueue()
@@ -145,7 +168,7 @@ class Client:
         self,
         prompts: Sequence[Any],
         params: SamplingParams | Sequence[SamplingParams] | None,
-        priority: int | Sequence[int],
+        terms: list[dict[str, Any]],
         use_tqdm: bool,
         start: Callable[..., AsyncGenerator[RequestOutput, None]],
     ) -> list[RequestOutput]:
@@ -153,12 +176,11 @@ class Client:
         every_params = [
             p.replace(output_kind=RequestOutputKind.FINAL_ONLY) for p in per_prompt("params", params, count)
         ]
-        priorities = per_prompt("priority", priority, count)
         with _Bar(count, use_tqdm) as bar:
 
             async def one(place: int) -> RequestOutput:
                 async with room:
-                    return await _final(start, prompts[place], every_params[place], priorities[place], bar)
+                    return await _final(start, prompts[place], every_params[place], terms[place], bar)
 
             async def run() -> list[RequestOutput]:
                 tasks = [asyncio.ensure_future(one(i)) for i in range(count)]
@@ -198,13 +220,13 @@ async def _final(
     start: Callable[..., AsyncGenerator[RequestOutput, None]],
     prompt: Any,
     params: SamplingParams,
-    priority: int,
+    terms: dict[str, Any],
     bar: _Bar,
 ) -> RequestOutput:
     """The last output of one request; waits and tries again while the engine has no room."""
     while True:
         try:
-            async for output in start(prompt, params, priority=priority):
+            async for output in start(prompt, params, **terms):
                 if output.finished:
                     bar.done(output)
                     return output
@@ -219,6 +241,21 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     if len(prompts) and not isinstance(prompts[0], str | Sequence | Mapping) and not hasattr(prompts[0], "__len__"):
         return [prompts]  # type: ignore[list-item]
     return prompts  # type: ignore[return-value]
+
+
+def _terms(
+    count: int,
+    priority: int | Sequence[int],
+    client: str | list[str],
+    deadline_ms: int | Sequence[int] | None,
+) -> list[dict[str, Any]]:
+    """How each of `count` requests is to be treated, as keyword arguments."""
+    columns = {
+        "priority": per_prompt("priority", priority, count),
+        "client": [client] * count if isinstance(client, str) else per_prompt("client", client, count),
+        "deadline_ms": [None] * count if deadline_ms is None else per_prompt("deadline_ms", deadline_ms, count),
+    }
+    return [{name: column[place] for name, column in columns.items()} for place in range(count)]
 
 
 def per_prompt(name: str, value: Any, count: int) -> list[Any]:

@@ -53,6 +53,7 @@ async def create_chat_completion(api: Api, call: Call, body: ChatBody) -> Respon
         priority=body.priority or 0,
         client=body.user or call.client,
         cache_salt=body.cache_salt or "",
+        deadline_ms=body.deadline_ms,
     )
     answer = _Answer(api, body, request)
     stream, pieces = await start(api, call, request, whole=not body.stream)

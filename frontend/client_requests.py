@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -189,13 +190,18 @@ class ClientRequest:
         return [None if record is None else record.by_token() for record in records]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """How a request is to be treated, apart from sampling: see the arguments of `AsyncClient.generate`."""
+
+    priority: int = 0
+    cache_salt: str = ""
+    client: str = ""
+    deadline_ms: int | None = None
+
+
 def generate_message(
-    key: int,
-    request_id: str,
-    prompt: Prompt,
-    params: SamplingParams,
-    priority: int,
-    cache_salt: str,
+    key: int, request_id: str, prompt: Prompt, params: SamplingParams, terms: Terms
 ) -> tuple[Generate, str | None]:
     """The message for a prompt in any of its forms, and its text where it has one."""
     text: str | None = None
@@ -228,7 +234,9 @@ def generate_message(
         params=params,
         prompt=text if array is None else None,
         prompt_token_ids=array,
-        priority=priority,
-        cache_salt=cache_salt,
+        priority=terms.priority,
+        cache_salt=terms.cache_salt,
+        client=terms.client,
+        deadline_ms=terms.deadline_ms,
     )
     return message, text

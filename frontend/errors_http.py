@@ -5,6 +5,7 @@ Pure. Owns statuses, type names and what may be said to a client; must not know 
 
 from __future__ import annotations
 
+import math
 import re
 import reprlib
 from typing import Any
@@ -19,6 +20,7 @@ TYPE_OF_STATUS = {
     404: "NotFoundError",
     405: "MethodNotAllowedError",
     413: "PayloadTooLargeError",
+    429: "TooManyRequestsError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
 }
@@ -58,8 +60,8 @@ def error_object(error: EngineError) -> dict[str, Any]:
 def error_headers(error: EngineError) -> dict[str, str]:
     """Headers that go with an error."""
     headers = {}
-    if error.status == 503:
-        headers["retry-after"] = str(max(1, round(error.retry_after or 1.0)))
+    if error.status in (429, 503):  # whole seconds, and not too soon
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after or 1.0)))
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     return headers

@@ -6,6 +6,7 @@ Owns the FastAPI application; the two generating routes are in `completions.py` 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import secrets
 import time
@@ -35,6 +36,7 @@ access = logging.getLogger("fast_inference.access")
 
 MAX_BODY_BYTES = 32 << 20
 SCRAPE_SECONDS = 0.5  # how long /metrics waits for the scheduler and for the other frontends
+CLIENT_HEADER = "x-client-id"  # who asks, where the body has no `user`
 OPEN_PATHS = ("/health", "/ping")  # without a key: probes have none
 CLIENT_CLOSED = 499  # what the access log says of a client that left; it is never sent
 
@@ -163,10 +165,23 @@ def _documents(kind: type[Body]) -> dict[str, Any]:
 # ---- routes ------------------------------------------------------------------------------------------------------
 
 
+def _who_asks(request: Request, api_key: str | None) -> str:
+    """A name for fairness, unless the body's `user` gives one: the header, the key, or the address. A key that this
+    server itself asks for is everybody's and tells nobody apart; the key's hash stands for it, so that no log or
+    message holds the key."""
+    named = request.headers.get(CLIENT_HEADER)
+    if named:
+        return named
+    key = request.headers.get("authorization")
+    if key and api_key is None:
+        return f"key-{hashlib.sha256(key.encode('latin-1')).hexdigest()[:16]}"
+    return request.client.host if request.client else ""
+
+
 def _add_generation(app: FastAPI, api: Api) -> None:
     async def answer(request: Request, kind: type[B], route: Callable[[Api, Call, B], Awaitable[Response]]) -> Response:
         body = await read_body(request, kind)
-        call = Call(request.receive, request.state.request_id, request.client.host if request.client else "")
+        call = Call(request.receive, request.state.request_id, _who_asks(request, api.config.api_key))
         try:
             return await route(api, call, body)
         finally:

@@ -160,8 +160,9 @@ class NativeServer:
                 prompts=[ids],
                 params=ask.params,
                 priority=ask.priority,
-                client=peer.name,
+                client=ask.client or peer.name,
                 cache_salt=ask.cache_salt,
+                deadline_ms=ask.deadline_ms,
             )
             self._link.submit_native(request, peer.number, ask.key)
         except EngineError as error:

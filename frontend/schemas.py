@@ -88,6 +88,7 @@ class SamplingBody(Body):
     response_format: dict[str, Any] | None = None
     user: str | None = None
     priority: int | None = None
+    deadline_ms: int | None = None
     request_id: str | None = None
     cache_salt: str | None = None
     add_special_tokens: bool | None = None

@@ -16,6 +16,7 @@ from ..protocol.sampling import SEED_LIMIT, SamplingParams
 
 MAX_SEQUENCES_PER_REQUEST = 4096
 MAX_NAME = 1024  # characters of a cache salt, a client's name
+MAX_DEADLINE_MS = 86_400_000  # a day
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,7 @@ class Request:
     priority: int = 0
     client: str = ""
     cache_salt: str = ""
+    deadline_ms: int | None = None  # from the scheduler's receipt to the first token
 
     @property
     def sequences(self) -> int:
@@ -53,6 +55,10 @@ def check_request(request: Request, info: EngineInfo) -> None:
             raise InvalidRequest(f"{name} may have {MAX_NAME} characters, got {len(value)}", param=name)
     if not -(2**31) <= request.priority < 2**31:
         raise InvalidRequest(f"priority must be in [-2^31, 2^31), got {request.priority}", param="priority")
+    if request.deadline_ms is not None and not 1 <= request.deadline_ms <= MAX_DEADLINE_MS:
+        raise InvalidRequest(
+            f"deadline_ms must be in [1, {MAX_DEADLINE_MS}], got {request.deadline_ms}", param="deadline_ms"
+        )
 
 
 def check_prompt(ids: Sequence[int], info: EngineInfo) -> None:
@@ -93,6 +99,7 @@ def submits(
                 priority=request.priority,
                 client=request.client,
                 cache_salt=request.cache_salt,
+                deadline_ms=request.deadline_ms,
             )
         )
     return out

@@ -113,6 +113,9 @@ class AsyncEngine:
         request_id: str | None = None,
         priority: int = 0,
         on_accepted: Callable[[], None] | None = None,
+        *,
+        client: str = "",
+        deadline_ms: int | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Generate for one prompt: a string, token ids, or {"prompt_token_ids": [...]} or {"prompt": "..."}.
 
@@ -121,6 +124,8 @@ class AsyncEngine:
             request_id: a name for `abort` and the logs; None: one is made up.
             priority: under the "priority" policy the higher goes first.
             on_accepted: called once the engine has queued the request.
+            client: who asks; under the "fair" policy each client gets its share. "": this program.
+            deadline_ms: under the "deadline" policy, within how long the first token is wanted.
 
         Yields outputs, the last of them `finished`. Leaving the iteration early aborts the request.
 
@@ -128,16 +133,18 @@ class AsyncEngine:
         """
         asked = params or SamplingParams()
         side = self._caller_side
-        if side is None:
-            async for output in self._live().generate(prompt, asked, request_id, priority, on_accepted=on_accepted):
-                yield output
-            return
-        reader = side.reader(asked)
         outputs = self._live().generate(
-            side.prompt(prompt), side.params(asked), request_id, priority, on_accepted=on_accepted
+            prompt if side is None else side.prompt(prompt),
+            asked if side is None else side.params(asked),
+            request_id,
+            priority,
+            on_accepted=on_accepted,
+            client=client,
+            deadline_ms=deadline_ms,
         )
+        reader = None if side is None else side.reader(asked)
         async for output in outputs:
-            yield reader.read(output)
+            yield output if reader is None else reader.read(output)
 
     async def chat(
         self,
@@ -145,12 +152,20 @@ class AsyncEngine:
         params: SamplingParams | None = None,
         request_id: str | None = None,
         priority: int = 0,
+        *,
+        client: str = "",
+        deadline_ms: int | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """As `generate`, for a conversation (`[{"role": ..., "content": ...}, ...]`) and the model's chat template."""
-        if self._caller_side is None:
-            outputs = self._live().chat(messages, params or SamplingParams(), request_id, priority)
+        side = self._caller_side
+        if side is None:
+            outputs = self._live().chat(
+                messages, params or SamplingParams(), request_id, priority, client=client, deadline_ms=deadline_ms
+            )
         else:
-            outputs = self.generate(self._caller_side.chat(messages), params, request_id, priority)
+            outputs = self.generate(
+                side.chat(messages), params, request_id, priority, client=client, deadline_ms=deadline_ms
+            )
         async for output in outputs:
             yield output
 

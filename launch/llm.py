@@ -74,6 +74,8 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: int | Sequence[int] = 0,
+        client: str | list[str] = "",
+        deadline_ms: int | Sequence[int] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Generate for one prompt or many.
@@ -82,6 +84,9 @@ class LLM:
             prompts: a string, a list of token ids, {"prompt_token_ids": [...]}, or a list of these.
             sampling_params: one for all, or one per prompt; None: the defaults of `SamplingParams`.
             priority: one for all, or one per prompt; under the "priority" policy the higher goes first.
+            client: who asks, one for all or one per prompt; under the "fair" policy each client gets its share.
+            deadline_ms: under the "deadline" policy, within how long the first token is wanted; one for all, or one
+                per prompt.
             use_tqdm: show a progress bar with rates.
 
         Returns: the results in the prompts' order.
@@ -90,11 +95,18 @@ class LLM:
         """
         side = self._caller_side
         if side is None:
-            return self._client.generate(prompts, sampling_params, priority=priority, use_tqdm=use_tqdm)
+            return self._client.generate(
+                prompts, sampling_params, priority=priority, client=client, deadline_ms=deadline_ms, use_tqdm=use_tqdm
+            )
         many = [side.prompt(prompt) for prompt in as_list(prompts)]
         asked = per_prompt("sampling_params", sampling_params, len(many))
         outputs = self._client.generate(
-            many, [side.params(params) for params in asked], priority=priority, use_tqdm=use_tqdm
+            many,
+            [side.params(params) for params in asked],
+            priority=priority,
+            client=client,
+            deadline_ms=deadline_ms,
+            use_tqdm=use_tqdm,
         )
         return [side.reader(params).read(output) for params, output in zip(asked, outputs, strict=True)]
 
@@ -104,16 +116,22 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: int | Sequence[int] = 0,
+        client: str | list[str] = "",
+        deadline_ms: int | Sequence[int] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """As `generate`, for one conversation (`[{"role": ..., "content": ...}, ...]`) or many, and the model's chat
         template."""
         side = self._caller_side
         if side is None:
-            return self._client.chat(messages, sampling_params, priority=priority, use_tqdm=use_tqdm)
+            return self._client.chat(
+                messages, sampling_params, priority=priority, client=client, deadline_ms=deadline_ms, use_tqdm=use_tqdm
+            )
         many = [messages] if messages and isinstance(messages[0], dict) else messages
         prompts = [side.chat(conversation) for conversation in many]  # type: ignore[arg-type]
-        return self.generate(prompts, sampling_params, priority=priority, use_tqdm=use_tqdm)
+        return self.generate(
+            prompts, sampling_params, priority=priority, client=client, deadline_ms=deadline_ms, use_tqdm=use_tqdm
+        )
 
     def get_stats(self) -> Stats:
         """The scheduler's figures of this moment."""

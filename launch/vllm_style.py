@@ -11,10 +11,10 @@ import logging
 import time
 import uuid
 import weakref
-from collections.abc import AsyncIterator, Generator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping
 from typing import Any
 
-from ..frontend.client_requests import Prompt
+from ..frontend.client_requests import Prompt, Terms
 from ..frontend.outputs import RequestOutput
 from ..protocol.config import EngineConfig
 from ..protocol.errors import EngineDead, EngineError
@@ -118,12 +118,20 @@ class VLLMStyleEngine:
         self._finalizer.atexit = False
 
     async def generate_async(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, priority: int = 0
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        priority: int = 0,
+        *,
+        client: str = "",
+        deadline_ms: int | None = None,
     ) -> AsyncIterator[str]:
-        """Generate for one prompt, yielding text as it comes. Leaving the iteration early aborts the request."""
+        """Generate for one prompt, yielding text as it comes. Leaving the iteration early aborts the request. What
+        follows `sampling_params` is as in `add_request`."""
+        terms = Terms(priority=priority, client=client, deadline_ms=deadline_ms)
         params = (sampling_params or SamplingParams()).replace(output_kind=RequestOutputKind.DELTA)
         texts: Bridge[str] = Bridge()
-        feeding = asyncio.run_coroutine_threadsafe(self._feed(texts, prompt, params, priority), self._thread.loop)
+        feeding = asyncio.run_coroutine_threadsafe(self._feed(texts, prompt, params, terms), self._thread.loop)
         try:
             async for text in texts:
                 yield text
@@ -136,6 +144,9 @@ class VLLMStyleEngine:
         sampling_params: SamplingParams | None = None,
         priority: int = 0,
         request_id: str | None = None,
+        *,
+        client: str = "",
+        deadline_ms: int | None = None,
     ) -> RequestHandle:
         """Put a request into the engine's queue; returns once it is there.
 
@@ -144,13 +155,16 @@ class VLLMStyleEngine:
             sampling_params: how to sample.
             priority: under the "priority" policy the higher goes first.
             request_id: a name for `abort`.
+            client: who asks; under the "fair" policy each client gets its share.
+            deadline_ms: under the "deadline" policy, within how long the first token is wanted.
 
         Returns: the request, to be awaited or iterated over, or left to itself.
 
         Raises: `EngineError` if the engine refuses it.
         """
         handle = RequestHandle(request_id or f"req-{uuid.uuid4().hex}")
-        await self._thread.wait(self._enqueue(handle, prompt, sampling_params or SamplingParams(), priority))
+        terms = Terms(priority=priority, client=client, deadline_ms=deadline_ms)
+        await self._thread.wait(self._enqueue(handle, prompt, sampling_params or SamplingParams(), terms))
         return handle
 
     async def abort(self, request_id: str) -> None:
@@ -189,10 +203,28 @@ class VLLMStyleEngine:
 
     # ---- on the engine's thread ----------------------------------------------------------------------------------
 
-    async def _feed(self, texts: Bridge[str], prompt: Prompt, params: SamplingParams, priority: int) -> None:
+    def _generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        terms: Terms,
+        request_id: str | None = None,
+        on_accepted: Callable[[], None] | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        return self._engine.generate(
+            prompt,
+            params,
+            request_id,
+            terms.priority,
+            on_accepted,
+            client=terms.client,
+            deadline_ms=terms.deadline_ms,
+        )
+
+    async def _feed(self, texts: Bridge[str], prompt: Prompt, params: SamplingParams, terms: Terms) -> None:
         self._activity.begin(time.monotonic())
         try:
-            async for output in self._engine.generate(prompt, params, priority=priority):
+            async for output in self._generate(prompt, params, terms):
                 if output.outputs[0].text:
                     texts.put(output.outputs[0].text)
             texts.close()
@@ -204,9 +236,9 @@ class VLLMStyleEngine:
         finally:
             self._activity.end(time.monotonic())
 
-    async def _enqueue(self, handle: RequestHandle, prompt: Prompt, params: SamplingParams, priority: int) -> None:
+    async def _enqueue(self, handle: RequestHandle, prompt: Prompt, params: SamplingParams, terms: Terms) -> None:
         accepted = asyncio.Event()
-        running = asyncio.create_task(self._follow(handle, prompt, params, priority, accepted.set))
+        running = asyncio.create_task(self._follow(handle, prompt, params, terms, accepted.set))
         waiting = asyncio.create_task(accepted.wait())
         await asyncio.wait((running, waiting), return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
@@ -215,13 +247,13 @@ class VLLMStyleEngine:
             handle.result()
 
     async def _follow(
-        self, handle: RequestHandle, prompt: Prompt, params: SamplingParams, priority: int, accepted: Any
+        self, handle: RequestHandle, prompt: Prompt, params: SamplingParams, terms: Terms, accepted: Any
     ) -> None:
         self._activity.begin(time.monotonic())
         whole = params.replace(output_kind=RequestOutputKind.CUMULATIVE)
         given = 0
         try:
-            async for output in self._engine.generate(prompt, whole, handle.request_id, priority, accepted):
+            async for output in self._generate(prompt, whole, terms, handle.request_id, accepted):
                 text = output.outputs[0].text
                 handle.add(text[given:])
                 given = len(text)

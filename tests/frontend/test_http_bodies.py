@@ -81,7 +81,7 @@ def test_every_error_has_an_http_shape(kind: type[errors.EngineError]) -> None:
     shape = error_object(error)["error"]
     assert shape["type"] == TYPE_OF_STATUS[kind.status]
     assert shape["code"] == kind.status and shape["param"] == "field" and shape["message"] == "what happened"
-    assert ("retry-after" in error_headers(error)) == (kind.status == 503)
+    assert ("retry-after" in error_headers(error)) == (kind.status in (429, 503))
 
 
 def test_a_null_field_is_a_field_not_given() -> None:

@@ -226,7 +226,7 @@ async def test_every_sampling_field_reaches_the_scheduler(tokenizer: Tokenizer) 
         "allowed_token_ids": [7, 8, 9],
     }
     async with serving(tokenizer) as server:
-        more = {"priority": 3, "user": "u", "cache_salt": "s", "request_id": "mine", "seed": -1}
+        more = {"priority": 3, "user": "u", "cache_salt": "s", "request_id": "mine", "seed": -1, "deadline_ms": 250}
         response = await server.post(TEXT, prompt=[5], **fields, **more)
         assert response.status_code == 200, response.text
         assert response.headers["x-request-id"] == "mine"
@@ -235,7 +235,7 @@ async def test_every_sampling_field_reaches_the_scheduler(tokenizer: Tokenizer) 
         expected["allowed_token_ids"] = (7, 8, 9)
         assert {name: getattr(submit.params, name) for name in fields} == expected
         assert (submit.priority, submit.client, submit.cache_salt, submit.request_id) == (3, "u", "s", "cmpl-mine")
-        assert submit.seed == 2**63 - 1 and submit.eos_token_ids == (1,)
+        assert submit.seed == 2**63 - 1 and submit.eos_token_ids == (1,) and submit.deadline_ms == 250
 
 
 async def test_the_models_own_sampling_values_fill_what_is_left_open(tokenizer: Tokenizer) -> None:
@@ -349,6 +349,8 @@ BAD: list[tuple[str, dict[str, Any], str | None]] = [
     (TEXT, {"prompt": "x", "stream": "yes"}, "stream"),
     (TEXT, {"prompt": "x", "stream_options": 3}, "stream_options"),
     (TEXT, {"prompt": "x", "priority": 2**40}, "priority"),
+    (TEXT, {"prompt": "x", "deadline_ms": 0}, "deadline_ms"),
+    (TEXT, {"prompt": "x", "deadline_ms": 1.5}, "deadline_ms"),
     (TEXT, {"prompt": "x", "suffix": "y"}, "suffix"),
     (TEXT, {"prompt": "x", "best_of": 4}, "best_of"),
     (TEXT, {"prompt": "x", "request_id": "a\nb"}, "request_id"),
@@ -456,6 +458,47 @@ async def test_a_full_queue_is_a_503_with_a_retry_hint(tokenizer: Tokenizer) -> 
         assert response.status_code == 503 and response.headers["retry-after"] == "1"
         assert response.json()["error"]["type"] == "ServiceUnavailableError"
         assert len(server.link.table) == 0
+
+
+async def test_a_deadline_that_can_not_be_met_is_a_429_with_the_seconds_that_are_missing(tokenizer: Tokenizer) -> None:
+    async with serving(tokenizer) as server:
+        server.engine.rejecting = StreamEnd(
+            key=0, reason="rejected", code="deadline_unreachable", message="late", param="deadline_ms", retry_after=2.3
+        )
+        response = await server.post(TEXT, prompt="x", deadline_ms=10)
+        assert response.status_code == 429 and response.headers["retry-after"] == "3"
+        assert response.json()["error"] == {
+            "message": "late", "type": "TooManyRequestsError", "param": "deadline_ms", "code": 429
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("api_key", "headers", "body", "client"),
+    [
+        (None, {"x-client-id": "team"}, {"user": "alice"}, "alice"),
+        (None, {"x-client-id": "team", "authorization": "Bearer mine"}, {}, "team"),
+        ("ours", {"x-client-id": "team", "authorization": "Bearer ours"}, {}, "team"),
+        ("ours", {"authorization": "Bearer ours"}, {}, "127.0.0.1"),
+        (None, {}, {}, "127.0.0.1"),
+    ],
+)
+async def test_who_asks_is_the_user_the_header_or_the_address(
+    tokenizer: Tokenizer, api_key: str | None, headers: dict[str, str], body: dict[str, str], client: str
+) -> None:
+    async with serving(tokenizer, config=EngineConfig(model="double", api_key=api_key)) as server:
+        response = await server.http.post(TEXT, json={"prompt": "x", "max_tokens": 1, **body}, headers=headers)
+        assert response.status_code == 200, response.text
+        assert server.engine.submits[0].client == client
+
+
+async def test_keys_that_the_server_does_not_check_tell_clients_apart_by_their_hash(tokenizer: Tokenizer) -> None:
+    async with serving(tokenizer) as server:
+        for key in ("one", "two", "one"):
+            await server.http.post(
+                TEXT, json={"prompt": "x", "max_tokens": 1}, headers={"authorization": f"Bearer {key}"}
+            )
+        first, second, third = (submit.client for submit in server.engine.submits)
+        assert first == third != second and first.startswith("key-") and "one" not in first
 
 
 async def test_before_the_engine_is_known_requests_are_put_off(tokenizer: Tokenizer) -> None:

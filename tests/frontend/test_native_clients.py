@@ -124,12 +124,15 @@ async def test_each_output_kind_carries_what_it_says(tmp_path: Path, tokenizer: 
 async def test_the_last_output_tells_prompt_times_and_cache_hits(tmp_path: Path, tokenizer: Tokenizer) -> None:
     async with frontend(tmp_path, tokenizer) as server, AsyncClient(server.endpoint) as client:
         params = SamplingParams(max_tokens=1, output_kind=RequestOutputKind.FINAL_ONLY)
-        [out] = [o async for o in client.generate("hello world", params, request_id="mine", priority=2)]
+        terms = {"priority": 2, "client": "me", "deadline_ms": 900}
+        [out] = [o async for o in client.generate("hello world", params, request_id="mine", **terms)]
         assert out.request_id == "mine" and out.prompt == "hello world"
         assert out.prompt_token_ids == tokenizer.encode("hello world") and out.num_prompt_tokens == 2
         assert out.num_cached_tokens == 3
         assert out.metrics is not None and out.metrics.first_token_time == 101.0
-        assert server.engine.submits[0].priority == 2 and server.engine.submits[0].request_id == "mine"
+        submit = server.engine.submits[0]
+        assert submit.request_id == "mine"
+        assert {name: getattr(submit, name) for name in terms} == terms
 
 
 async def test_n_sequences_and_their_logprobs_come_together(tmp_path: Path, tokenizer: Tokenizer) -> None:
