@@ -15,6 +15,7 @@ from .errors import InvalidRequest
 from .names import MAX_FRONTENDS
 from .policy_names import SchedulerPolicy, known_policies
 
+LATENCY_STEP_MS = 50.0  # of `latency`: a pause that a reader of streamed text does not notice
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -50,6 +51,8 @@ class EngineConfig:
     enable_chunked_prefill: bool = True  # split long prompts over several steps
     scheduling_policy: str = "fcfs"  # "priority", "memory-aware", "shortest-first", "fair", "deadline", or a plug-in's
     fair_weights: dict[str, float] = field(default_factory=dict)  # client -> its share under "fair"; others have 1
+    max_step_ms: float | None = None  # prompts are cut so that a step stays under this; None: no bound
+    latency: bool = False  # for even streaming rather than throughput: a max_step_ms of 50, unless that is given
     run_ahead: int = 2  # steps in flight; 1: the scheduler waits for each result
     max_num_queued_reqs: int = 10_000  # waiting requests over this are refused with a retry hint
 
@@ -73,6 +76,13 @@ class EngineConfig:
     def model_name(self) -> str:
         """The name that clients use."""
         return self.served_model_name or self.model
+
+    @property
+    def step_bound(self) -> float | None:
+        """Seconds that a step should not exceed."""
+        if self.max_step_ms is not None:
+            return self.max_step_ms / 1000.0
+        return LATENCY_STEP_MS / 1000.0 if self.latency else None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -117,6 +127,12 @@ def _check(c: EngineConfig) -> None:
     within("max_num_seqs", 1, 65536)
     within("max_num_batched_tokens", 1, 2**24)
     within("run_ahead", 1, 8)
+    within("max_step_ms", 0.1, 60_000)
+    if c.step_bound is not None and not c.enable_chunked_prefill:
+        name = "latency" if c.max_step_ms is None else "max_step_ms"
+        raise InvalidRequest(
+            f"{name} needs enable_chunked_prefill, got {getattr(c, name)!r}: prompts are what is cut", param=name
+        )
     within("max_num_queued_reqs", 1, 2**31 - 1)
     within("port", 0, 65535)
     within("api_server_count", 1, MAX_FRONTENDS)

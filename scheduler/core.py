@@ -169,7 +169,11 @@ class SchedulerCore:
         self._preemptor = Preemptor(
             self.batch, self.queue, self.policy, self.totals, prefix_caching=config.enable_prefix_caching
         )
-        self._planner = Planner(config, self.batch, self.queue, self.policy, self._preemptor, self.totals)
+        self._planner = Planner(
+            config, self.batch, self.queue, self.policy, self._preemptor, self.totals, self.step_model
+        )
+        if config.step_bound is not None:
+            self._log("info", f"prompts are cut so that a step stays under {1000 * config.step_bound:g} ms")
         if lost is not None:
             self._check_again(info, self._limits, now)
         early, self._unchecked = self._unchecked, {}

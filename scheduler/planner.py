@@ -20,6 +20,7 @@ from .policy import Policy
 from .preemption import Preemptor, blocks_to_start, usable_hits
 from .request import Request, RequestState
 from .stats import Totals
+from .step_model import UNBOUNDED, StepModel
 from .waiting import Queue
 
 _NONE = np.empty(0, np.int32)
@@ -38,6 +39,7 @@ class Draft:
     """A step in the making."""
 
     budget: int
+    prompt_tokens: int = UNBOUNDED  # of the budget, how many may go to chunks
     promised: int = 0  # blocks that decode rows must leave to waiting requests
     admit: list[Admit] = field(default_factory=list)
     grow_slots: NDArray[Any] = field(default_factory=lambda: _NONE)
@@ -45,6 +47,11 @@ class Draft:
     rows: list[tuple[int, int, bool]] = field(default_factory=list)  # (slot, count, samples) of known tokens
     fills: list[tuple[int, int, int]] = field(default_factory=list)  # (slot, first, stop) of full blocks
     filling: set[bytes] = field(default_factory=set)  # their hashes
+
+    @property
+    def room(self) -> int:
+        """Known tokens that may still be computed in chunks."""
+        return min(self.budget, self.prompt_tokens)
 
 
 class Planner:
@@ -58,6 +65,7 @@ class Planner:
         policy: Policy,
         preemptor: Preemptor,
         totals: Totals,
+        steps: StepModel,
     ) -> None:
         self._batch = batch
         self._queue = queue
@@ -68,6 +76,8 @@ class Planner:
         self._prefix_caching = config.enable_prefix_caching
         self._ones = np.ones(batch.table.slots, np.int32)
         self._totals = totals
+        self._steps = steps
+        self._step_bound = config.step_bound  # seconds
 
     def plan(self, now: float) -> Step | None:
         """The next step, or None if nothing can be computed now. What it contains counts as sent."""
@@ -77,10 +87,12 @@ class Planner:
         table = self._batch.table
         ready = table.planned - table.computed == 1
         ready &= table.planned < table.limit  # what steps in flight will end by length is not run over
+        if self._step_bound is not None and (self._batch.prefilling or len(self._queue)):
+            draft.prompt_tokens = self._prompt_tokens(self._step_bound, ready)
         if needs:
             self._admit_urgent(draft, needs, int(ready.sum()), now)
         decode = self._decode_rows(draft, ready, now)
-        if draft.budget and (self._batch.prefilling or len(self._queue)):
+        if draft.room and (self._batch.prefilling or len(self._queue)):
             # who was just pushed out for lack of blocks does not come back in the same step
             self._fill_budget(draft, admitting=self._totals.preemptions == preempted, now=now)
         if not len(decode) and not draft.rows:
@@ -126,6 +138,15 @@ class Planner:
 
     # ---- known tokens: chunks and admissions ---------------------------------------------------------------------
 
+    def _prompt_tokens(self, bound: float, ready: NDArray[np.bool_]) -> int:
+        """Known tokens that may join the `ready` rows so that the step takes no longer than `bound` seconds; a block
+        of them always, so that every prompt gets on. Unbounded while the step model has not seen enough."""
+        table, rows = self._batch.table, int(np.count_nonzero(ready))
+        context = int(table.computed[ready].sum()) + rows
+        context += sum(int(table.computed[slot]) for slot in self._batch.prefilling)
+        largest = self._steps.largest_prefill(bound, rows, context)
+        return UNBOUNDED if largest is None else max(largest, self._batch.block_size)
+
     def _admit_urgent(self, draft: Draft, needs: list[int], rows: int, now: float) -> None:
         """Room was made for the first in the queue, who need `needs` blocks: they start before `rows` decode rows take
         it, and half of the step's tokens are theirs if they need so many. Who can't start yet is promised the
@@ -133,7 +154,7 @@ class Planner:
         held = min(rows, draft.budget // 2)
         draft.budget -= held
         started = 0
-        while started < len(needs) and draft.budget and (request := self._queue.peek(now)) is not None:
+        while started < len(needs) and draft.room and (request := self._queue.peek(now)) is not None:
             if self._admit(draft, request, now) is not Verdict.ADMITTED:
                 break
             started += 1
@@ -145,7 +166,7 @@ class Planner:
         chunks = [table.living(slot) for slot in self._batch.prefilling]
         chunks.sort(key=lambda request: request.order, reverse=True)
         deferred: list[Request] = []
-        while draft.budget:
+        while draft.room:
             # as many deferred as there are slots: a long queue is not walked through for one step
             waiting = queue.peek(now) if admitting and len(deferred) < table.slots else None
             if chunks and (waiting is None or chunks[-1].order < waiting.order):
@@ -167,7 +188,7 @@ class Planner:
             return Verdict.BLOCKED
         hits = usable_hits(batch, request)
         known, cached = len(request.tokens), len(hits) * batch.block_size
-        if not self._chunked and known - cached > draft.budget:
+        if not self._chunked and known - cached > draft.room:
             return Verdict.BLOCKED
         may_hit_more = request.takes_prefix_hits and known - 1 >= cached + batch.block_size
         if draft.filling and may_hit_more and request.hashes[len(hits)] in draft.filling:
@@ -205,8 +226,9 @@ class Planner:
         """Give a slot as many of its known tokens as the budget has room for."""
         table, size = self._batch.table, self._batch.block_size
         start, known = int(table.computed[slot]), int(table.planned[slot])
-        count = min(known - start, draft.budget)
+        count = min(known - start, draft.room)
         draft.budget -= count
+        draft.prompt_tokens -= count
         draft.rows.append((slot, count, start + count == known))
         # one that is left with a single token is an ordinary decode row from the next step on
         if known - start - count > 1:

@@ -30,6 +30,8 @@ WRONG = [
     ("threads", 0),
     ("max_num_seqs", 0),
     ("max_num_batched_tokens", 0),
+    ("max_step_ms", 0),
+    ("max_step_ms", 1e6),
     ("run_ahead", 0),
     ("run_ahead", 9),
     ("max_num_queued_reqs", 0),
@@ -62,6 +64,18 @@ def test_settings_survive_json():
 def test_without_chunked_prefill_a_whole_prompt_must_fit_a_step():
     with pytest.raises(InvalidRequest, match="max_num_batched_tokens"):
         EngineConfig(enable_chunked_prefill=False, max_model_len=4096, max_num_batched_tokens=2048)
+
+
+def test_a_bound_for_steps_needs_prompts_that_may_be_cut():
+    for setting, name in (({"max_step_ms": 5.0}, "max_step_ms"), ({"latency": True}, "latency")):
+        with pytest.raises(InvalidRequest, match=rf"{name} needs enable_chunked_prefill"):
+            EngineConfig(enable_chunked_prefill=False, **setting)
+
+
+def test_latency_is_a_bound_for_steps_unless_one_is_given():
+    assert EngineConfig().step_bound is None
+    assert EngineConfig(latency=True).step_bound == 0.05
+    assert EngineConfig(latency=True, max_step_ms=20.0).step_bound == 0.02
 
 
 def test_the_name_that_clients_use_is_the_served_one_or_the_models():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from fast_inference.protocol.messages import Abort, StopFound
+from fast_inference.protocol.messages import Abort, Step, StopFound
 from fast_inference.protocol.policy_names import SchedulerPolicy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -89,11 +90,16 @@ engines = st.fixed_dictionaries(
         "max_num_seqs": st.integers(1, 6),
         "run_ahead": st.integers(1, 3),
         "max_num_batched_tokens": st.sampled_from([1, 3, 5, 16, 64]),
+        "max_step_ms": st.sampled_from([None, 4.0]),
         "enable_prefix_caching": st.booleans(),
         "enable_chunked_prefill": st.booleans(),
         "scheduling_policy": st.sampled_from(list(SchedulerPolicy)),
     }
 )
+
+
+def cost(step: Step) -> float:
+    return 0.002 + 0.001 * int(step.work_counts.sum())
 
 
 def play(
@@ -105,6 +111,7 @@ def play(
     engine = dict(engine)
     if not engine["enable_chunked_prefill"]:
         engine["max_num_batched_tokens"] = 64
+        engine["max_step_ms"] = None
     info = make_info(
         num_blocks=engine.pop("num_blocks"), max_num_seqs=engine["max_num_seqs"], vocab_size=VOCAB, max_model_len=40
     )
@@ -135,7 +142,7 @@ def play(
 def test_whatever_happens_every_request_ends_once_and_with_the_right_tokens(
     work: list[Sequence], engine: dict[str, object], answers: list[bool]
 ) -> None:
-    harness = play(work, engine, answers)
+    harness = play(work, engine, answers, partial(Harness, cost=cost))
     for key, sequence in enumerate(work):
         end, tokens = harness.ends[key], harness.tokens[key]
         whole = expected(sequence, 40)
@@ -143,11 +150,14 @@ def test_whatever_happens_every_request_ends_once_and_with_the_right_tokens(
             assert sequence.stop_found is not None and end.reason == "stop"
         if end.reason == "abort":
             assert sequence.abort is not None or (sequence.stop_found is not None and not tokens)
-        assert end.reason in ("stop", "length", "abort")
+        if end.reason == "rejected":
+            assert end.code == "deadline_unreachable" and engine["scheduling_policy"] == "deadline"
+        else:
+            assert end.reason in ("stop", "length", "abort")
         assert tokens == whole[: len(tokens)]
     batch = harness.core.batch
     assert batch is not None and batch.pool.used == 0 and batch.num_running == 0
-    assert not harness.logs
+    assert all(log.level == "info" for log in harness.logs)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
