@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 from fast_inference.protocol import policy_names
@@ -83,3 +85,38 @@ def test_a_policy_that_can_not_be_had_is_named_with_the_reason(
     name = next(iter(points))
     with pytest.raises(StartupError, match=words):
         make_policy(EngineConfig(scheduling_policy=name), StepModel())
+
+
+def test_the_policy_that_the_page_shows_does_what_it_says(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    [(group, name, place)] = re.findall(r'entry-points\."(.*?)"\]\n(\S+) = "(.*?)"', page)
+    assert group == policy_names.POLICY_GROUP
+    module = type(sys)(place.split(":")[0])
+    exec(compile(code, "docs/policies.md", "exec"), module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    installed[name] = place
+    harness = Harness(max_num_seqs=1, scheduling_policy=name)
+    for key, client in ((1, "batch-a"), (2, "batch-a"), (3, "alice")):
+        harness.submit(key, [key, 1], max_tokens=6, client=client)
+    harness.step()
+    harness.submit(4, [4, 1], max_tokens=6, client="bob")
+    harness.drain()
+    served = [admit.seed for step in harness.steps for admit in step.admit]
+    assert list(dict.fromkeys(served)) == [3, 4, 1, 2] and harness.ends[3].preemptions == 0
+    harness.submit(5, [5, 1], max_tokens=30, client="batch-a")
+    for _ in range(4):
+        harness.step()
+    harness.submit(6, [6, 1], max_tokens=2, client="carol")
+    harness.drain()
+    assert harness.ends[5].preemptions == 1 and harness.ends[6].finished < harness.ends[5].finished
+
+
+def test_the_page_names_every_policy_and_every_question() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
+    for name in SchedulerPolicy:
+        assert f"| `{name}` |" in page
+    for method in (name for name in vars(Policy) if not name.startswith("_") and name != "eager"):
+        assert re.search(rf"`{method}[`(]", page), f"docs/policies.md does not tell of {method}"
