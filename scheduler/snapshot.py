@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..protocol.config import EngineConfig
 from ..protocol.errors import EngineError
 from .core import SchedulerCore
 
@@ -39,7 +40,7 @@ def freeze_core(core: SchedulerCore) -> Plain:
 def thaw_core(core: SchedulerCore, data: Plain) -> None:
     """Give a new `core` the state that `freeze_core` took of one with the same settings. Raises `SnapshotError`."""
     try:
-        state = _Thawer(type(core.policy).__module__).thaw(data)
+        state = _Thawer(type(core.policy).__module__, core.config).thaw(data)
         attributes = {str(name): value for name, value in state.items()}
     except (AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError) as error:
         raise SnapshotError(f"the snapshot can't be read: {type(error).__name__}: {error}") from error
@@ -66,6 +67,8 @@ class _Freezer:
         kind = type(value)
         if kind in _SCALARS:
             return value
+        if isinstance(value, EngineConfig):
+            return ["settings"]  # the thawed core has them, and a journal must not hold the API key
         if kind is tuple:
             return ["tuple", [self.freeze(item, path) for item in value]]
         if isinstance(value, Enum):
@@ -119,14 +122,17 @@ class _Freezer:
 class _Thawer:
     """The walk back; objects get the same numbers in the same order."""
 
-    def __init__(self, policy_module: str) -> None:
+    def __init__(self, policy_module: str, config: EngineConfig) -> None:
         self._policy_module = policy_module
+        self._config = config
         self._made: list[Any] = []
 
     def thaw(self, data: Plain) -> Any:
         if type(data) in _SCALARS:
             return data
         kind, *rest = data
+        if kind == "settings":
+            return self._config
         if kind == "tuple":
             return tuple(self.thaw(item) for item in rest[0])
         if kind == "enum":

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgpack
 import pytest
 from fast_inference.protocol.config import EngineConfig
+from fast_inference.protocol.policy_names import SchedulerPolicy
 from fast_inference.scheduler.core import SchedulerCore
 from fast_inference.scheduler.replay import assert_replays
 from fast_inference.scheduler.snapshot import SnapshotError, freeze_core, thaw_core
@@ -80,3 +81,12 @@ def test_state_that_cannot_be_frozen_is_named() -> None:
     core.totals.finished["stop"] = partial(int)  # type: ignore[assignment]
     with pytest.raises(SnapshotError, match=r"core\['totals'\]\.finished\['stop'\] is a functools\.partial"):
         freeze_core(core)
+
+
+@pytest.mark.parametrize("policy", list(SchedulerPolicy))
+def test_a_snapshot_holds_no_secret_of_the_settings(policy: str) -> None:
+    core = SchedulerCore(EngineConfig(model="fake", scheduling_policy=policy, api_key="a very secret key"))
+    assert b"a very secret key" not in msgpack.packb(freeze_core(core))
+    thawed = SchedulerCore(core.config)
+    thaw_core(thawed, freeze_core(core))
+    assert thawed.policy.config is core.config
