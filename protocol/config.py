@@ -40,6 +40,7 @@ class EngineConfig:
     block_size: int = 16  # tokens in a KV block
     num_blocks: int | None = None  # None: as many as the memory setting gives
     gpu_memory_utilization: float = 0.9  # share of the GPU memory to use
+    kv_offloading_size: float = 0.0  # GiB of host memory for KV blocks that leave the device; 0: none
     kv_cache_memory: int | None = None  # bytes, CPU only; None: a quarter of what is free
     threads: int | None = None  # CPU compute threads; None: the cores that the process may use
     seed: int = 0  # of random weights
@@ -53,6 +54,7 @@ class EngineConfig:
     fair_weights: dict[str, float] = field(default_factory=dict)  # client -> its share under "fair"; others have 1
     max_step_ms: float | None = None  # prompts are cut so that a step stays under this; None: no bound
     latency: bool = False  # for even streaming rather than throughput: a max_step_ms of 50, unless that is given
+    preemption: str = "auto"  # keep KV in host memory: "swap"; compute it again: "recompute"; auto: the faster
     run_ahead: int = 2  # steps in flight; 1: the scheduler waits for each result
     max_num_queued_reqs: int = 10_000  # waiting requests over this are refused with a retry hint
 
@@ -116,6 +118,7 @@ def _check(c: EngineConfig) -> None:
             raise InvalidRequest(
                 f"fair_weights[{client!r}] must be in [1e-06, 1e+06], got {weight!r}", param="fair_weights"
             )
+    one_of("preemption", ("auto", "recompute", "swap"))
     one_of("attention_backend", ("auto", "torch", "cpu", "triton"))
     one_of("log_level", ("debug", "info", "warning", "error"))
     within("max_model_len", 1, 2**24)
@@ -123,6 +126,7 @@ def _check(c: EngineConfig) -> None:
     within("num_blocks", 2, 2**31 - 1)
     within("gpu_memory_utilization", 0.01, 1.0)
     within("kv_cache_memory", 1, 2**50)
+    within("kv_offloading_size", 0, 2**20)
     within("threads", 1, 4096)
     within("max_num_seqs", 1, 65536)
     within("max_num_batched_tokens", 1, 2**24)
@@ -141,6 +145,10 @@ def _check(c: EngineConfig) -> None:
     within("shutdown_timeout", 0, 86400)
     if c.journal == "":
         raise InvalidRequest("journal must be a file's path, got ''", param="journal")
+    if c.preemption == "swap" and not c.kv_offloading_size:
+        raise InvalidRequest(
+            "preemption swap needs host memory: kv_offloading_size must be more than 0, got 0", param="preemption"
+        )
     if not c.enable_chunked_prefill and c.max_model_len is not None and c.max_num_batched_tokens < c.max_model_len:
         raise InvalidRequest(
             f"max_num_batched_tokens must be at least max_model_len ({c.max_model_len}) without chunked prefill, "

@@ -129,6 +129,8 @@ class EngineInfo:
     max_num_seqs: int
     dtype: str
     device: str
+    num_host_blocks: int = 0  # room in host memory for blocks that are swapped out
+    block_bytes: int = 0  # keys and values of one block in all layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +149,13 @@ class Stats:
     prefix_queries: int = 0  # tokens looked up
     prefix_hits: int = 0  # tokens found
     preemptions: int = 0
+    swap_preemptions: int = 0  # those of `preemptions` that copied to host memory what would have been lost
+    host_blocks: int = 0  # blocks of host memory
+    host_used_blocks: int = 0  # held by a preempted request, or by a copy under way
+    host_cached_blocks: int = 0  # kept for a prefix hit
+    host_hits: int = 0  # tokens of `prefix_hits` that were found in host memory
+    swapped_out_blocks: int = 0  # copied from the device to the host
+    swapped_in_blocks: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
     steps: int = 0
@@ -181,7 +190,8 @@ class Admit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One step of the device; only what changed. Applied in the order retire, copies, admit, grow, work.
+    """One step of the device; only what changed. Applied in the order retire, swap out, copies, swap in, admit, grow,
+    work: what is copied out of the device is what it held before this step. Copies of one kind have no order.
 
     Work (slot, count): compute the next `count` known tokens of the slot. Where that reaches the last known token
     a new one is sampled, becomes known on the device, and is reported; otherwise (a prefill chunk) nothing is.
@@ -189,8 +199,12 @@ class Step:
 
     number: int
     retire: Int32 = field(default_factory=_i32)  # slots
+    swap_out_from: Int32 = field(default_factory=_i32)  # block ids of the device
+    swap_out_to: Int32 = field(default_factory=_i32)  # block ids of host memory
     copy_from: Int32 = field(default_factory=_i32)  # block ids
     copy_to: Int32 = field(default_factory=_i32)
+    swap_in_from: Int32 = field(default_factory=_i32)  # block ids of host memory
+    swap_in_to: Int32 = field(default_factory=_i32)  # block ids of the device
     admit: tuple[Admit, ...] = ()
     grow_slots: Int32 = field(default_factory=_i32)  # parallel to grow_blocks; several for one slot come in order
     grow_blocks: Int32 = field(default_factory=_i32)
@@ -234,8 +248,9 @@ class StepResult:
     logprobs: TopLogprobs | None = None  # rows index `slots`
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     failed: tuple[RowFailed, ...] = ()
-    seconds: float = 0.0  # from the start of the step's work on the device to its end
+    seconds: float = 0.0  # from the start of the step's work on the device to its end, without the swaps
     gap_seconds: float | None = None  # the device's idle time since the step before, where both only decode
+    copy_seconds: float = 0.0  # on the device, for the blocks swapped out and in
 
 
 # ---- to the detokenizer, from the scheduler ----------------------------------------------------------------------

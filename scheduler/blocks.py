@@ -24,6 +24,7 @@ class BlockPool:
     def __init__(self, num_blocks: int, prefix: PrefixIndex) -> None:
         self.num_blocks = num_blocks
         self.prefix = prefix
+        self.evicted: list[tuple[int, bytes]] = []  # cached blocks that the last `allocate` gave out, with their hashes
         self.refs = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
@@ -58,9 +59,11 @@ class BlockPool:
         free, refs = self._free, self.refs
         if count > self.available:
             raise BrokenInvariant(f"{count} blocks wanted, {self.available} available")
+        self.evicted.clear()
         taken = [free.pop() for _ in range(min(count, len(free)))]
         while len(taken) < count:
             block, _ = self._cached.popitem(last=False)
+            self.evicted.append((block, self.prefix.hash_of[block]))
             self.prefix.forget(block)
             taken.append(block)
         for block in taken:

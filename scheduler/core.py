@@ -41,6 +41,7 @@ from ..protocol.messages import (
 )
 from .admission import Limits, limits_of, refusal, token_limit
 from .batch import Batch
+from .blocks import BrokenInvariant
 from .outcome import Outcome, apply_result
 from .planner import Planner
 from .policies import make_policy
@@ -50,6 +51,7 @@ from .request import REASONS, Request, RequestState
 from .stats import Totals, snapshot
 from .step_model import StepModel
 from .streams import Streams
+from .swap import Rates, Swap
 
 EXECUTOR = "executor"
 DETOKENIZER = "detokenizer"
@@ -76,10 +78,12 @@ Effect = Send | Log
 
 
 class SchedulerCore:
-    """See the head of this file. `config`: the engine's settings; what the executor turns out to be comes later."""
+    """See the head of this file. `config`: the engine's settings; what the executor turns out to be comes later.
+    `rates`: by which to choose between copying and computing; None: as measured."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, rates: Rates | None = None) -> None:
         self.config = config
+        self._rates = rates
         self.step_model = StepModel()
         self.policy = make_policy(config, self.step_model)
         self.queue = self.policy.queue()
@@ -87,6 +91,7 @@ class SchedulerCore:
         self.batch: Batch | None = None  # None until the executor is ready
         self._planner: Planner | None = None
         self._preemptor: Preemptor | None = None
+        self._swap: Swap | None = None
         self._info: EngineInfo | None = None
         self._limits: Limits | None = None
         self._frontends: dict[str, None] = {}
@@ -149,6 +154,9 @@ class SchedulerCore:
         """Raise `BrokenInvariant` unless the books agree."""
         if self.batch is not None:
             self.batch.check()
+            saved = self.batch.host.saved.keys()
+            if not saved <= {request.number for request in self.queue.requests()}:
+                raise BrokenInvariant("a request that does not wait holds host blocks")
 
     # ---- from the executor ---------------------------------------------------------------------------------------
 
@@ -159,18 +167,19 @@ class SchedulerCore:
         if lost is not None and self._preemptor is not None:
             lost.acknowledge(lost.last_sent)
             for request in lost.table.running():
-                self._preemptor.preempt(request.slot, now)
+                self._preemptor.preempt(request.slot, now, keep=False)
         self._info = info
         self.step_model.clear()  # it may be another device
         self._limits = limits_of(info, None if config.enable_chunked_prefill else config.max_num_batched_tokens)
         first_step = 1 if lost is None else lost.last_sent + 1
         slots = min(config.max_num_seqs, info.max_num_seqs)
         self.batch = Batch(info, slots, first_step)
+        self._swap = swap = Swap(config.preemption, info, self.step_model, self._rates)
         self._preemptor = Preemptor(
-            self.batch, self.queue, self.policy, self.totals, prefix_caching=config.enable_prefix_caching
+            self.batch, self.queue, self.policy, swap, self.totals, prefix_caching=config.enable_prefix_caching
         )
         self._planner = Planner(
-            config, self.batch, self.queue, self.policy, self._preemptor, self.totals, self.step_model
+            config, self.batch, self.queue, self.policy, self._preemptor, swap, self.totals, self.step_model
         )
         if config.step_bound is not None:
             self._log("info", f"prompts are cut so that a step stays under {1000 * config.step_bound:g} ms")
@@ -216,6 +225,8 @@ class SchedulerCore:
             self.totals.gap_seconds += result.gap_seconds
         record = batch.in_flight[0]
         self.step_model.observe(record.prefill_tokens, record.rows, record.context, result.seconds)
+        if self._swap is not None:
+            self._swap.copied(record.swapped_blocks, result.copy_seconds)
         self._apply(batch, preemptor, result, now)
 
     def _apply(self, batch: Batch, preemptor: Preemptor, result: StepResult, now: float) -> None:
@@ -228,7 +239,7 @@ class SchedulerCore:
         for request, error in outcome.failed:
             self._finish(request, RequestState.FAILED, now, error=error)
         for slot in outcome.spoiled:
-            preemptor.preempt(slot, now)
+            preemptor.preempt(slot, now, keep=False)
         self._deliver(outcome)
 
     # ---- from frontends and the detokenizer ----------------------------------------------------------------------
@@ -349,6 +360,8 @@ class SchedulerCore:
             self.batch.leave(request.slot)
         elif before in (RequestState.WAITING, RequestState.PREEMPTED):
             self.queue.died(request)
+            if self.batch is not None:
+                self.batch.host.drop(request.number)
         if before != RequestState.NEW:
             self.policy.ended(request, known - request.num_prompt)
         self._unchecked.pop(request.number, None)

@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 from ..protocol.config import EngineConfig
 from ..protocol.messages import Admit, Step
-from .batch import Batch, InFlight
+from .batch import Batch, InFlight, Reuse
 from .policy import Policy
-from .preemption import Preemptor, blocks_to_start, usable_hits
+from .preemption import Preemptor
 from .request import Request, RequestState
+from .reuse import blocks_to_start, reusable
 from .stats import Totals
 from .step_model import UNBOUNDED, StepModel
+from .swap import Swap
 from .waiting import Queue
 
 _NONE = np.empty(0, np.int32)
@@ -64,6 +66,7 @@ class Planner:
         queue: Queue,
         policy: Policy,
         preemptor: Preemptor,
+        swap: Swap,
         totals: Totals,
         steps: StepModel,
     ) -> None:
@@ -71,6 +74,7 @@ class Planner:
         self._queue = queue
         self._policy = policy
         self._preemptor = preemptor
+        self._swap = swap
         self._max_tokens = config.max_num_batched_tokens
         self._chunked = config.enable_chunked_prefill
         self._prefix_caching = config.enable_prefix_caching
@@ -133,7 +137,7 @@ class Planner:
             ready[slots[order[room:]]] = False
             slots = slots[order[:room]]
         if len(slots):
-            draft.grow_slots, draft.grow_blocks = slots, batch.pool.allocate(len(slots))
+            draft.grow_slots, draft.grow_blocks = slots, batch.allocate(len(slots))
             batch.table.grow(slots, draft.grow_blocks)
 
     # ---- known tokens: chunks and admissions ---------------------------------------------------------------------
@@ -186,27 +190,22 @@ class Planner:
         batch = self._batch
         if not batch.free_slots:
             return Verdict.BLOCKED
-        hits = usable_hits(batch, request)
-        known, cached = len(request.tokens), len(hits) * batch.block_size
+        reuse = reusable(batch, request, fetch=self._swap.fetches(batch, request))
+        known, cached = len(request.tokens), reuse.cached
         if not self._chunked and known - cached > draft.room:
             return Verdict.BLOCKED
         may_hit_more = request.takes_prefix_hits and known - 1 >= cached + batch.block_size
-        if draft.filling and may_hit_more and request.hashes[len(hits)] in draft.filling:
+        if draft.filling and may_hit_more and request.hashes[cached // batch.block_size] in draft.filling:
             return Verdict.DEFERRED
-        need = blocks_to_start(batch, request, hits)
+        need = blocks_to_start(batch, request, reuse)
         if need > batch.pool.available or not self._policy.admits(request, need, batch):
             return Verdict.BLOCKED
         self._queue.pop()
-        slot = batch.seat(request, hits, cached)
+        slot = batch.seat(request, reuse)
         request.move(RequestState.RUNNING, now)
         self._policy.admitted(request)
         if not request.preemptions:
-            request.first_scheduled = now
-            request.cached_tokens = cached
-            self._totals.prompt_tokens += request.num_prompt
-            if self._prefix_caching and request.takes_prefix_hits:
-                self._totals.prefix_queries += request.num_prompt
-                self._totals.prefix_hits += cached
+            self._first_time(request, reuse, now)
         draft.admit.append(
             Admit(
                 slot=slot,
@@ -221,6 +220,15 @@ class Planner:
         )
         self._chunk(draft, slot)
         return Verdict.ADMITTED
+
+    def _first_time(self, request: Request, reuse: Reuse, now: float) -> None:
+        request.first_scheduled = now
+        request.cached_tokens = reuse.cached
+        self._totals.prompt_tokens += request.num_prompt
+        if self._prefix_caching and request.takes_prefix_hits:
+            self._totals.prefix_queries += request.num_prompt
+            self._totals.prefix_hits += reuse.cached
+            self._totals.host_hits += len(reuse.host) * self._batch.block_size
 
     def _chunk(self, draft: Draft, slot: int) -> None:
         """Give a slot as many of its known tokens as the budget has room for."""
@@ -278,16 +286,26 @@ class Planner:
             record.admitted.extend(zip(seated, table.lease[seated].tolist(), strict=True))
         for slot, first, stop in draft.fills:
             record.registered.extend(batch.register(slot, first, stop))
-        batch.sent(record)
+        swaps = batch.sent(record)
         self._totals.steps += 1
+        self._totals.swapped_out_blocks += len(swaps.out_to)
+        self._totals.swapped_in_blocks += len(swaps.in_to)
         self._totals.scheduled_tokens += self._max_tokens - draft.budget
         retire, batch.retiring = batch.retiring, []
         return Step(
             number=number,
-            retire=np.array(retire, np.int32) if retire else _NONE,
+            retire=_int32(retire),
+            swap_out_from=_int32(swaps.out_from),
+            swap_out_to=_int32(swaps.out_to),
+            swap_in_from=_int32(swaps.in_from),
+            swap_in_to=_int32(swaps.in_to),
             admit=tuple(draft.admit),
             grow_slots=draft.grow_slots.astype(np.int32) if draft.grow_blocks else _NONE,
-            grow_blocks=np.array(draft.grow_blocks, np.int32) if draft.grow_blocks else _NONE,
+            grow_blocks=_int32(draft.grow_blocks),
             work_slots=slots.astype(np.int32),
             work_counts=counts,
         )
+
+
+def _int32(ids: list[int]) -> NDArray[np.int32]:
+    return np.array(ids, np.int32) if ids else _NONE

@@ -1,8 +1,9 @@
-"""Who is thrown out when blocks or slots are short: preemption by recompute.
+"""Who is thrown out when blocks or slots are short.
 
 A victim gives its slot and blocks back and waits again, in its old place; it keeps every token that was said, and
-what steps in flight sample for it is thrown away (sampling by (seed, position) gives the same tokens again). Owns
-the choice of victims; must not know how a step is put together.
+what steps in flight sample for it is thrown away (sampling by (seed, position) gives the same tokens again). Its keys
+and values are computed again, or copied to host memory and back: `swap.py`. Owns the choice of victims; must not know
+how a step is put together.
 """
 
 from __future__ import annotations
@@ -13,38 +14,28 @@ from .batch import Batch
 from .policy import Policy
 from .prefix import extend_hashes
 from .request import Request, RequestState
+from .reuse import blocks_to_start, reusable
 from .stats import Totals
+from .swap import Swap
 from .waiting import Queue
-
-
-def usable_hits(batch: Batch, request: Request) -> list[int]:
-    """Blocks that hold the start of `request` already; never all of it, its last token is to be computed."""
-    if not request.takes_prefix_hits or not request.hashes:
-        return []
-    return batch.prefix.lookup(request.hashes[: (len(request.tokens) - 1) // batch.block_size])
-
-
-def blocks_to_start(batch: Batch, request: Request, hits: list[int]) -> int:
-    """Blocks to take from the pool for `request` to start and say a token: a first growth is counted in, so that
-    it is not thrown out in the very next step."""
-    computed = min(len(request.tokens) + 1, request.limit - 1)
-    refs = batch.pool.refs
-    unused = sum(1 for block in hits if not refs[block]) if hits else 0
-    return -(-computed // batch.block_size) - len(hits) + unused
 
 
 class Preemptor:
     """Moves running requests back to the queue."""
 
-    def __init__(self, batch: Batch, queue: Queue, policy: Policy, totals: Totals, *, prefix_caching: bool) -> None:
+    def __init__(
+        self, batch: Batch, queue: Queue, policy: Policy, swap: Swap, totals: Totals, *, prefix_caching: bool
+    ) -> None:
         self._batch = batch
         self._queue = queue
         self._policy = policy
+        self._swap = swap
         self._prefix_caching = prefix_caching
         self._totals = totals
 
-    def preempt(self, slot: int, now: float) -> None:
-        """Take the slot and the blocks from its request, and put that back into the queue."""
+    def preempt(self, slot: int, now: float, *, keep: bool = True) -> None:
+        """Take the slot and the blocks from its request, and put that back into the queue. `keep`: whether its keys
+        and values are worth a copy: they are there, and right."""
         batch = self._batch
         request = batch.table.requests[slot]
         if request is None:
@@ -52,6 +43,8 @@ class Preemptor:
         request.tokens = batch.table.known_tokens(slot)
         if self._prefix_caching:
             extend_hashes(request.hashes, request.tokens, batch.block_size, request.cache_salt)
+        if keep and self._swap.save(batch, slot):
+            self._totals.swap_preemptions += 1
         batch.leave(slot)
         request.preemptions += 1
         request.move(RequestState.PREEMPTED, now)
@@ -76,7 +69,8 @@ class Preemptor:
         needs: list[int] = []
         while (request := queue.peek(now)) is not None and request.rank <= worst:
             outranked = [slot for slot in self._worst_first() if self._outranks(request, slot)]
-            need = blocks_to_start(batch, request, usable_hits(batch, request))
+            reuse = reusable(batch, request, fetch=self._swap.fetches(batch, request))
+            need = blocks_to_start(batch, request, reuse)
             chosen, freed = self._enough_of(outranked, need - blocks, 1 - slots)
             if not outranked or chosen is None:
                 break

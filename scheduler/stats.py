@@ -22,8 +22,12 @@ class Totals:
     gaps: int = 0  # decode steps that followed a decode step
     gap_seconds: float = 0.0  # between those, all together
     preemptions: int = 0
+    swap_preemptions: int = 0
+    swapped_out_blocks: int = 0
+    swapped_in_blocks: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    host_hits: int = 0
     prompt_tokens: int = 0
     scheduled_tokens: int = 0
     finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS.values(), 0))
@@ -41,7 +45,7 @@ def snapshot(totals: Totals, batch: Batch | None, *, waiting: int, token: int) -
     """Gauges and totals at this moment; `token` goes back to the one who asked."""
     if batch is None:
         return Stats(token=token, waiting=waiting, finished=dict(totals.finished))
-    pool = batch.pool
+    pool, host = batch.pool, batch.host.pool
     return Stats(
         token=token,
         running=batch.num_running,
@@ -55,6 +59,13 @@ def snapshot(totals: Totals, batch: Batch | None, *, waiting: int, token: int) -
         prefix_queries=totals.prefix_queries,
         prefix_hits=totals.prefix_hits,
         preemptions=totals.preemptions,
+        swap_preemptions=totals.swap_preemptions,
+        host_blocks=host.num_blocks,
+        host_used_blocks=host.used,
+        host_cached_blocks=host.cached,
+        swapped_out_blocks=totals.swapped_out_blocks,
+        swapped_in_blocks=totals.swapped_in_blocks,
+        host_hits=totals.host_hits,
         prompt_tokens=totals.prompt_tokens,
         generation_tokens=totals.generation_tokens,
         steps=totals.steps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +11,7 @@ from fast_inference.protocol.config import EngineConfig
 from fast_inference.protocol.messages import Deliver, EngineInfo, ExecutorReady, Message, Step, StreamEnd, Submit
 from fast_inference.protocol.sampling import SamplingParams
 from fast_inference.scheduler.core import Effect, Log, SchedulerCore, Send
+from fast_inference.scheduler.swap import Rates
 
 from .fake_executor import FakeExecutor, make_info
 
@@ -24,12 +25,13 @@ class Harness:
         *,
         ready: bool = True,
         cost: Callable[[Step], float] | None = None,
+        rates: Rates | None = None,
         **config: object,
     ) -> None:
         self._cost = cost  # seconds of a step, which then is all that time passes by
         self.info = info or make_info()
         self.config = EngineConfig(model="fake", **config)  # type: ignore[arg-type]
-        self.core = SchedulerCore(self.config)
+        self.core = SchedulerCore(self.config, rates)
         self.device = FakeExecutor(self.info, self.config.max_num_batched_tokens)
         self.now = 100.0
         self.queue: deque[Step] = deque()
@@ -91,12 +93,12 @@ class Harness:
             self.steps.append(step)
             self.core.check()
 
-    def answer(self) -> None:
-        """The device finishes the oldest step."""
+    def answer(self, failing: Collection[int] = ()) -> None:
+        """The device finishes the oldest step; the work of slots in `failing` fails."""
         step = self.queue.popleft()
         seconds = 0.0 if self._cost is None else self._cost(step)
         self.now += seconds
-        self.handle(replace(self.device.run(step), seconds=seconds), "executor")
+        self.handle(replace(self.device.run(step, failing), seconds=seconds), "executor")
         self.core.check()
 
     def step(self) -> bool:
@@ -121,10 +123,10 @@ class Harness:
         """No block may be given out anew while a step that names it for somebody else is in flight."""
         for slot in step.retire.tolist():
             del self._tables[slot]
-        fresh: list[int] = step.grow_blocks.tolist()
+        fresh: list[int] = step.grow_blocks.tolist() + step.swap_in_to.tolist()
         for admit in step.admit:
             self._tables[admit.slot] = admit.block_ids.tolist()
-            fresh += admit.block_ids.tolist()[admit.cached_len // self.info.block_size :]
+            fresh += admit.block_ids.tolist()[-(-admit.cached_len // self.info.block_size) :]
         for slot, block in zip(step.grow_slots.tolist(), step.grow_blocks.tolist(), strict=True):
             self._tables[slot].append(block)
         for flying in self.queue:
