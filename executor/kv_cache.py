@@ -90,8 +90,7 @@ def cpu_budget(config: EngineConfig) -> int:
 
     Raises `StartupError` where `kv_cache_memory` is more than this process may ever hold.
     """
-    group = memory_limit()
-    total = min(psutil.virtual_memory().total, group) if group else psutil.virtual_memory().total
+    total = machine_memory()
     if config.kv_cache_memory is not None:
         if config.kv_cache_memory > total:
             raise StartupError(
@@ -102,6 +101,12 @@ def cpu_budget(config: EngineConfig) -> int:
     left = memory_left()
     free = psutil.virtual_memory().available
     return int(CPU_SHARE * (free if left is None else min(free, left)))
+
+
+def machine_memory() -> int:
+    """Bytes of main memory that this process may hold at most: the machine's, or its control group's."""
+    group = memory_limit()
+    return min(psutil.virtual_memory().total, group) if group else psutil.virtual_memory().total
 
 
 class KVCache:
@@ -118,7 +123,7 @@ class KVCache:
         size = plan.total_bytes + plan.block_bytes
         shape = (spec.num_layers, 2, plan.num_blocks + 1, spec.num_kv_heads, block_size, spec.head_dim)
         try:
-            pool = _untouched_zeros(size) if device.type == "cpu" else None
+            pool = untouched_zeros(size) if device.type == "cpu" else None
             if pool is None:
                 pool = torch.zeros(size, dtype=torch.uint8, device=device)
         except (OSError, OverflowError, torch.OutOfMemoryError) as error:
@@ -126,8 +131,8 @@ class KVCache:
                 f"can't get {size / 2**20:.0f} MiB for {plan.num_blocks} KV blocks "
                 f"({str(error).splitlines()[0]}): lower num_blocks or kv_cache_memory"
             ) from None
-        self._pool = pool.view(spec.dtype).view(shape)
-        self.layers = [KVLayer(layer[0], layer[1]) for layer in self._pool]
+        self.blocks = pool.view(spec.dtype).view(shape)
+        self.layers = [KVLayer(layer[0], layer[1]) for layer in self.blocks]
 
     def copy_blocks(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy blocks `source` [N] int64 over blocks `target` [N] int64, in every layer."""
@@ -136,7 +141,7 @@ class KVCache:
             layer.values[target] = layer.values[source]
 
 
-def _untouched_zeros(size: int) -> torch.Tensor:
+def untouched_zeros(size: int) -> torch.Tensor:
     """`size` zero bytes, page-aligned, of which each page takes memory only when first written.
 
     Huge pages spare the address translation that reading many scattered blocks would cost.

@@ -68,17 +68,24 @@ def pack(tokens: Tensor, best: Tensor) -> Tensor:
 class Pending:
     """A step on its way through the device.
 
-    `started` and `computed`: marks around its work there. `before`: the end of the step before, if the time from there
-    to here is a gap between two decode steps.
+    `started` and `computed`: marks around its work there; `copied_from`: before the copies that came first, if blocks
+    were swapped. `before`: the end of the step before, if the time from there to here is a gap between two decode steps.
     """
 
     def __init__(
-        self, number: int, answer: Answer, started: Mark, computed: Mark, before: Mark | None, transfer: Transfer
+        self,
+        number: int,
+        answer: Answer,
+        copied_from: Mark | None,
+        started: Mark,
+        computed: Mark,
+        before: Mark | None,
+        transfer: Transfer,
     ) -> None:
         self._number = number
         self._slots = answer.slots
         self._failed = answer.failed
-        self._started, self._computed, self._before = started, computed, before
+        self._copied_from, self._started, self._computed, self._before = copied_from, started, computed, before
         self._packed = None if answer.packed is None else transfer.down(answer.packed)
         self._logprobs = None if answer.logprobs is None else answer.logprobs.down(transfer)
         self._prompts = [part.down(transfer) for part in answer.prompts]
@@ -110,6 +117,7 @@ class Pending:
             failed=tuple(self._failed),
             seconds=self._computed.seconds_since(self._started),
             gap_seconds=None if self._before is None else self._started.seconds_since(self._before),
+            copy_seconds=0.0 if self._copied_from is None else self._started.seconds_since(self._copied_from),
         )
 
     def _sampled_logprobs(self, tokens: np.ndarray, good: np.ndarray) -> TopLogprobs | None:

@@ -20,6 +20,7 @@ from ..protocol.messages import RowFailed, Step
 from .backends.base import StepBatch
 from .batch import PersistentBatch, Work
 from .decode_graphs import DecodeGraphs
+from .host_pool import HostPool
 from .kv_cache import KVCache
 from .layout import Int, Pass, lay_out, passes
 from .logprobs import top_logprobs
@@ -47,7 +48,7 @@ class _Outcome:
 class Runner:
     """Runs steps on one device. Not thread-safe; every call in the same thread, under `torch.inference_mode`.
 
-    `graphs`: recordings of decode steps over `batch`, where they are wanted.
+    `graphs`: recordings of decode steps over `batch`, where they are wanted. `host`: where blocks are swapped to.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class Runner:
         kv: KVCache,
         transfer: Transfer,
         graphs: DecodeGraphs | None = None,
+        host: HostPool | None = None,
     ) -> None:
         self.batch = batch
         self.graphs = graphs
+        self._host = host
         self._model = model
         self.kv = kv
         self._transfer = transfer
@@ -70,10 +73,9 @@ class Runner:
     def launch(self, step: Step) -> Pending:
         """Enqueue all of `step`. Raises `EngineError` for a step that contradicts the batch, and where the device
         itself is at its end (out of memory, lost)."""
-        started = self._transfer.mark()
         batch = self.batch
-        if len(step.copy_from):
-            self.kv.copy_blocks(*self._transfer.up(step.copy_from.astype(np.int64), step.copy_to.astype(np.int64)))
+        copied_from = self._move_blocks(step)
+        started = self._transfer.mark()
         batch.apply(step)
         failed = []
         if batch.failed:
@@ -86,9 +88,24 @@ class Runner:
         answer.failed[:0] = failed
         computed = self._transfer.mark()
         # A request that starts comes after a pause as likely as not, which would be no gap.
-        before = self._last_decode if work.decode and not step.admit else None
+        before = self._last_decode if work.decode and not step.admit and copied_from is None else None
         self._last_decode = computed if work.decode else None
-        return Pending(step.number, answer, started, computed, before, self._transfer)
+        return Pending(step.number, answer, copied_from, started, computed, before, self._transfer)
+
+    def _move_blocks(self, step: Step) -> Mark | None:
+        """Copies out of the device before all that writes to it, copies into it before all that reads them. Returns
+        the time before blocks were swapped, if any were."""
+        began = None
+        if len(step.swap_out_to) or len(step.swap_in_to):
+            if self._host is None:
+                raise EngineError(f"step {step.number} swaps blocks, but there is no host memory for them")
+            began = self._transfer.mark()
+            self._host.swap_out(step.swap_out_from.astype(np.int64), step.swap_out_to.astype(np.int64))
+        if len(step.copy_from):
+            self.kv.copy_blocks(*self._transfer.up(step.copy_from.astype(np.int64), step.copy_to.astype(np.int64)))
+        if self._host is not None and began is not None:
+            self._host.swap_in(step.swap_in_from.astype(np.int64), step.swap_in_to.astype(np.int64))
+        return began
 
     def _replayed(self, work: Work) -> Answer | None:
         """A decode step from its recording, or None where there is none for it."""

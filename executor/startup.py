@@ -24,6 +24,7 @@ from .checkpoint import Progress
 from .decode_graphs import DecodeGraphs
 from .graph_memory import bytes_of_all
 from .graph_recorder import Recorder
+from .host_pool import HostPool, host_blocks, staging_bytes
 from .kv_cache import KVCache, KVPlan, allowed_length, bytes_per_block, cpu_budget, plan_kv
 from .models.base import Model, ModelSpec
 from .runner import Runner
@@ -70,7 +71,8 @@ def start(config: EngineConfig, progress: Progress, live: torch.nn.Module | None
     progress("measuring memory", 0, 0)
     graphs = wants_graphs(config, model, device)
     plan = plan_memory(config, model, transfer, graphs)
-    runner = make_runner(config, model, plan, transfer, graphs)
+    swap_room = host_blocks(config, plan)
+    runner = make_runner(config, model, plan, transfer, graphs, swap_room)
     clock.end("memory")
     progress("warming up", 0, 0)
     warm_up(runner, config)
@@ -88,6 +90,8 @@ def start(config: EngineConfig, progress: Progress, live: torch.nn.Module | None
         max_num_seqs=config.max_num_seqs,
         dtype=str(spec.dtype).removeprefix("torch."),
         device=str(device),
+        num_host_blocks=swap_room,
+        block_bytes=plan.block_bytes,
     )
     facts: dict[str, str | int | float] = {
         "architecture": spec.architecture,
@@ -97,6 +101,7 @@ def start(config: EngineConfig, progress: Progress, live: torch.nn.Module | None
         "threads": threads,
         "num_blocks": plan.num_blocks,
         "kv_bytes": plan.total_bytes,
+        "host_kv_bytes": swap_room * plan.block_bytes,
         "max_model_len": plan.max_model_len,
         "decode_graphs": runner.graphs.total if runner.graphs is not None else 0,
         **clock.seconds,
@@ -187,15 +192,19 @@ def wants_graphs(config: EngineConfig, model: Model, device: torch.device) -> bo
     return model.spec.static
 
 
-def make_runner(config: EngineConfig, model: Model, plan: KVPlan, transfer: Transfer, graphs: bool) -> Runner:
-    """A runner with an empty batch and `plan`'s blocks; with recordings of decode steps, none made yet, if `graphs`."""
+def make_runner(
+    config: EngineConfig, model: Model, plan: KVPlan, transfer: Transfer, graphs: bool, num_host_blocks: int = 0
+) -> Runner:
+    """A runner with an empty batch, `plan`'s blocks and `num_host_blocks` in host memory; with recordings of decode
+    steps, none made yet, if `graphs`."""
     spec: ModelSpec = model.spec
     kv = KVCache(spec, plan, config.block_size, transfer.device)
     batch = PersistentBatch(
         config.max_num_seqs, plan.max_model_len, config.block_size, plan.num_blocks, spec.vocab_size, transfer
     )
     recordings = DecodeGraphs(model, kv, batch.tensors, Recorder(transfer.device), transfer) if graphs else None
-    return Runner(model, batch, kv, transfer, recordings)
+    host = HostPool(kv, num_host_blocks, transfer) if num_host_blocks else None
+    return Runner(model, batch, kv, transfer, recordings, host)
 
 
 def _gpu_budget(config: EngineConfig, model: Model, transfer: Transfer, graphs: bool) -> int:
@@ -217,7 +226,9 @@ def _gpu_budget(config: EngineConfig, model: Model, transfer: Transfer, graphs: 
     cached = torch.cuda.memory_reserved(device) - held
     rows = config.max_num_seqs * (length + 1 + -(-length // config.block_size)) * 4
     spare = bytes_per_block(model.spec, config.block_size)  # the cache's block that is nobody's
-    budget = int(total * config.gpu_memory_utilization) - (total - free - cached) - peak - recorded - rows - spare
+    taken = total - free - cached
+    beside = peak + recorded + rows + spare + staging_bytes(config)
+    budget = int(total * config.gpu_memory_utilization) - taken - beside
     log.info(
         "GPU memory: %.1f of %.1f GiB free, a full step takes %.1f, recorded steps %.1f, the batch %.1f: "
         "%.1f GiB for keys and values",

@@ -15,21 +15,22 @@ import torch
 from fast_inference.executor.startup import start
 from fast_inference.protocol.codec import decode, encode
 from fast_inference.protocol.config import EngineConfig
-from fast_inference.protocol.messages import Deliver, ExecutorReady, GetStats, Message, Stats, Step, Submit
+from fast_inference.protocol.messages import Deliver, EngineInfo, ExecutorReady, GetStats, Message, Stats, Step, Submit
 from fast_inference.protocol.sampling import SamplingParams
 from fast_inference.scheduler.core import EXECUTOR, SchedulerCore, Send
+from fast_inference.scheduler.swap import Rates
 
 FRONTEND = "frontend-0"
 
 
 class OneThreadEngine:
-    """An engine for token ids. `options`: fields of `EngineConfig`."""
+    """An engine for token ids. `options`: fields of `EngineConfig`; `rates`: instead of those that it would measure."""
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(self, model: str, *, rates: Rates | None = None, **options: Any) -> None:
         config = EngineConfig(model=model, skip_tokenizer_init=True, dtype="float32", threads=1, **options)
         with torch.inference_mode():
             self._runner = start(config, lambda phase, done, total: None)
-        self._core = SchedulerCore(config)
+        self._core = SchedulerCore(config, rates)
         self._clock = 0.0
         self._key = 0
         self._tokens: dict[int, list[int]] = {}
@@ -61,6 +62,11 @@ class OneThreadEngine:
             while graphs.missing:
                 graphs.record_next()
         return graphs.total
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine turned out to be."""
+        return self._runner.info
 
     def stats(self) -> Stats:
         self._tell(GetStats(token=1), FRONTEND)
