@@ -167,7 +167,8 @@ class Planner:
 
     def _fill_budget(self, draft: Draft, *, admitting: bool, now: float) -> None:
         table, queue = self._batch.table, self._queue
-        chunks = [table.living(slot) for slot in self._batch.prefilling]
+        begun = {admit.slot for admit in draft.admit}  # the urgent: each slot has work once in a step
+        chunks = [table.living(slot) for slot in self._batch.prefilling if slot not in begun]
         chunks.sort(key=lambda request: request.order, reverse=True)
         deferred: list[Request] = []
         while draft.room:

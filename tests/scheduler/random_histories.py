@@ -13,6 +13,8 @@ from typing import Any
 
 from fast_inference.protocol.config import SchedulerPolicy
 from fast_inference.protocol.messages import Abort
+from fast_inference.scheduler.core import SchedulerCore
+from fast_inference.scheduler.snapshot import freeze_core, thaw_core
 from fast_inference.scheduler.swap import Rates
 
 from .fake_executor import make_info, token_at
@@ -52,6 +54,7 @@ class History:
     fails: float  # share of steps in which a row fails
     slow: float  # share of turns in which the device answers nothing
     deaths: set[int] = field(default_factory=set)  # turns in which the executor is replaced
+    thaws: set[int] = field(default_factory=set)  # turns after which a core goes on that was made from a snapshot
 
 
 def draw(seed: int) -> History:
@@ -87,6 +90,7 @@ def draw(seed: int) -> History:
         fails=rng.choice((0.0, 0.0, 0.2)),
         slow=rng.choice((0.0, 0.5)),
         deaths={rng.randint(2, 30)} if rng.random() < 0.1 else set(),
+        thaws={rng.randint(2, 30)} if rng.random() < 0.1 else set(),
     )
 
 
@@ -125,6 +129,10 @@ def play(seed: int) -> Harness:
 
 
 def _happen(harness: Harness, history: History, turn: int) -> None:
+    if turn in history.thaws:
+        core = SchedulerCore(harness.config)
+        thaw_core(core, freeze_core(harness.core))
+        harness.core = core
     if turn in history.deaths:
         harness.replace_device(harness.info)
     for key, life in enumerate(history.lives):
