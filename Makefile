@@ -6,8 +6,8 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-ROOMS := protocol frontend scheduler executor launch
-STRICT := protocol frontend scheduler launch core
+ROOMS := protocol frontend scheduler executor simulator launch
+STRICT := protocol frontend scheduler simulator launch core
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test lint bench clean

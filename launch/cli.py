@@ -1,4 +1,4 @@
-"""The command line: `fast-inference serve | generate | chat | status | replay`.
+"""The command line: `fast-inference serve | generate | chat | status | replay | simulate`.
 
 Owns the commands, their flags and what they print; must not know how an engine works. Imports what a command needs
 when it runs, so that `--help` is quick. An `EngineError` leaves as one line (see `__main__.py`).
@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .flags import engine_config, sampling_params, takes_engine_flags, takes_sampling_flags
+from .flags import (
+    engine_config,
+    sampling_params,
+    takes_engine_flags,
+    takes_sampling_flags,
+    takes_scheduling_flags,
+)
+from .simulate import simulate
 
 if TYPE_CHECKING:
     from ..frontend.client import Client
@@ -135,6 +142,7 @@ def replay(
 app.command()(takes_engine_flags(serve, leave_out=("model",)))
 app.command()(takes_sampling_flags(takes_engine_flags(generate, leave_out=LEFT_OUT)))
 app.command()(takes_sampling_flags(takes_engine_flags(chat, leave_out=LEFT_OUT)))
+app.command()(takes_scheduling_flags(simulate))
 app.command()(status)
 app.command()(replay)
 

@@ -42,6 +42,17 @@ SAMPLING_FLAGS = (
     "repetition_penalty",
     "ignore_eos",
 )
+SCHEDULING_FLAGS = (  # what the scheduler goes by, and the memory that it is told of
+    "max_model_len",
+    "block_size",
+    "num_blocks",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "enable_prefix_caching",
+    "enable_chunked_prefill",
+    "run_ahead",
+    "max_num_queued_reqs",
+)
 
 
 def parse_size(text: str | int) -> int:
@@ -102,6 +113,11 @@ def takes_engine_flags(command: Callable[..., None], leave_out: tuple[str, ...] 
 def takes_sampling_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give `command(..., **sampling)` flags for the fields of `SamplingParams` that people set by hand."""
     return _with_flags(command, _parameters(SamplingParams, SAMPLING_FLAGS))
+
+
+def takes_scheduling_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command(..., **engine)` flags for the fields of `EngineConfig` that the scheduler alone goes by."""
+    return _with_flags(command, _parameters(EngineConfig, SCHEDULING_FLAGS))
 
 
 def engine_config(values: Mapping[str, Any]) -> EngineConfig:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("protocol", "frontend", "scheduler", "executor", "launch")
+ROOMS = ("protocol", "frontend", "scheduler", "executor", "simulator", "launch")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
@@ -85,8 +85,8 @@ def test_the_package_by_itself_is_light():
     assert not modules_after("import fast_inference") & {"torch", "transformers", "zmq", "fastapi", "numpy"}
 
 
-@pytest.mark.parametrize("room", ["protocol", "scheduler"])
-def test_protocol_and_scheduler_start_without_torch_or_transformers(room):
+@pytest.mark.parametrize("room", ["protocol", "scheduler", "simulator"])
+def test_protocol_scheduler_and_simulator_start_without_torch_or_transformers(room):
     files = [path.stem for path in (ROOT / room).glob("*.py") if path.stem not in ("__init__", "__main__")]
     held = modules_after("\n".join(f"import fast_inference.{room}.{name}" for name in files))
     assert not held & {"torch", "transformers", "tokenizers", "fastapi", "uvicorn"}
