@@ -52,6 +52,7 @@ SCHEDULING_FLAGS = (  # what the scheduler goes by, and the memory that it is to
     "enable_chunked_prefill",
     "run_ahead",
     "max_num_queued_reqs",
+    "fair_weights",
 )
 
 

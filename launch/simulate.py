@@ -50,7 +50,8 @@ def simulate(
         str, typer.Option("--speed-up", metavar="X[,Y..]", help="of the trace's clock; several: a run for each")
     ] = "1",
     calibrate: Annotated[
-        str, typer.Option("--calibrate", metavar="NAME|FILE", help="the device: a built-in one, or a JSON file")
+        str,
+        typer.Option("--calibrate", metavar="NAME|FILE", help="a built-in device, a JSON file, or a run's journal"),
     ] = "h200-llama-8b",
     replicas: Annotated[int, typer.Option("--replicas", help="engines behind one router")] = 1,
     router: Annotated[str, typer.Option("--router", help="least-loaded or round-robin")] = "least-loaded",
@@ -72,15 +73,15 @@ def simulate(
     **engine: Any,
 ) -> None:
     """Predict latency and throughput of a trace: the real scheduler, a virtual clock, a device's measured costs."""
-    from ..simulator import costs
     from ..simulator import plot as charts
     from ..simulator.comparison import chart, report, run_all, runs
+    from ..simulator.measured import find_calibration
     from ..simulator.simulation import Setup
     from ..simulator.workload import read_trace, shaped
 
     if plot is not None:
         charts.check_file(plot)
-    calibration = costs.calibration(calibrate)
+    calibration = find_calibration(calibrate)
     requests = read_trace(trace)
     count = len(requests) if num_prompts is None else num_prompts
     # requests wait without a limit unless one is given: who is refused would be missing from the latencies

@@ -85,7 +85,9 @@ def calibration(name_or_file: str) -> Calibration:
     path = Path(name_or_file)
     if not path.is_file():
         known = ", ".join(BUILT_IN)
-        raise InvalidRequest(f"calibrate must be {known} or a JSON file, got {name_or_file!r}", param="calibrate")
+        raise InvalidRequest(
+            f"calibrate must be {known}, a JSON file or a journal; got {name_or_file!r}", param="calibrate"
+        )
     try:
         values = json.loads(path.read_text())
     except ValueError as error:

@@ -55,6 +55,8 @@ class Replica:
         self._ends_at = np.zeros(config.max_num_seqs, np.int64)  # of them, when the answer ends
         self._outputs = workload.output.tolist()
         self._prompts = workload.prompt.tolist()
+        limited = np.isfinite(workload.deadline)
+        self._deadlines = np.where(limited, workload.deadline, 0.0).tolist()
         # what is in a prompt is all the same here; `cache_salt` keeps two prompts from being one prefix
         self._words = np.full(int(workload.prompt.max()), WORD, np.int32)
         self._words.flags.writeable = False
@@ -79,7 +81,7 @@ class Replica:
 
     def submit(self, index: int, now: float) -> list[Effect]:
         """Request `index` of the workload comes at `now`. Returns what the core has to say."""
-        prompt = self._prompts[index]
+        prompt, deadline = self._prompts[index], self._deadlines[index]
         self.submitted += 1
         message = Submit(
             key=index,
@@ -89,6 +91,7 @@ class Replica:
             seed=index,
             eos_token_ids=(EOS,),
             client=str(self._workload.client[index]),
+            deadline_ms=max(round(deadline * 1e3), 1) if deadline else None,
             cache_salt=str(index),
         )
         effects = self.core.handle(message, now, "simulator")

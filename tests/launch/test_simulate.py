@@ -51,7 +51,7 @@ def test_a_comparison_prints_a_row_for_each_run_and_writes_its_files(trace: str,
     ("flags", "message"),
     [
         (("--policy", "newest"), "scheduling_policy"),
-        (("--calibrate", "a100"), "calibrate must be h200-llama-8b or a JSON file, got 'a100'"),
+        (("--calibrate", "a100"), "calibrate must be h200-llama-8b, a JSON file or a journal; got 'a100'"),
         (("--plot", "a.pdf"), "plot must end in .svg or .png, got 'a.pdf'"),
         (("--replicas", "0"), r"replicas must be in \[1, 4096\], got 0"),
         (("--max-tokens", "3"), "max_tokens must be at least the longest answer, 34 tokens, got 3"),

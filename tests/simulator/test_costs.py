@@ -91,5 +91,5 @@ def test_a_file_that_is_no_calibration_says_why(tmp_path: Path, text: str, messa
 
 
 def test_a_name_that_is_none_is_answered_with_those_that_are() -> None:
-    with pytest.raises(InvalidRequest, match="calibrate must be h200-llama-8b or a JSON file, got 'a100'"):
+    with pytest.raises(InvalidRequest, match="calibrate must be h200-llama-8b, a JSON file or a journal; got 'a100'"):
         calibration("a100")

@@ -64,7 +64,7 @@ def test_what_lies_around_a_step_and_a_request_is_counted_once() -> None:
     assert result.ledger.e2el[0] == pytest.approx(0.005 + 0.024)
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "priority", "memory-aware"])
+@pytest.mark.parametrize("policy", ["fcfs", "priority", "memory-aware", "shortest-first", "fair", "deadline"])
 def test_the_same_input_gives_the_same_figures(policy: str) -> None:
     both = [simulate(setup(scheduling_policy=policy), crowd()) for _ in range(2)]
     assert json.dumps(both[0].figures) == json.dumps(both[1].figures)

@@ -1,0 +1,132 @@
+"""A calibration from a run that was recorded: the journal of an engine tells what each step held and how long it took.
+
+Owns the reading of a journal as steps; must not know how a calibration is used. The steps are counted as the device
+saw them, so a journal whose tokens are left out (`--journal-redact`) does as well. What lies between a client and the
+scheduler is in no journal: `request` is 0 unless the caller has measured it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..protocol.codec import decode
+from ..protocol.errors import InvalidRequest
+from ..protocol.messages import Deliver, EngineInfo, ExecutorReady, Step, StepResult, StreamEnd
+from ..scheduler.core import DETOKENIZER, EXECUTOR
+from ..scheduler.journal import Call, JournalError, Reader, Record
+from .costs import BUILT_IN, Calibration, MeasuredStep, calibration, fitted
+
+
+@dataclass(slots=True)
+class Observed:
+    """What a journal tells of its run. Times in seconds."""
+
+    info: EngineInfo | None = None
+    steps: list[MeasuredStep] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)  # of each step: what it took beside its own time
+    ends: list[StreamEnd] = field(default_factory=list)
+
+    def calibrated(self, name: str, *, request: float = 0.0) -> Calibration:
+        """The device and the actors around it. Raises `InvalidRequest` for too few steps."""
+        gap = sum(self.gaps) / len(self.gaps) if self.gaps else 0.0
+        if self.info is None:
+            return fitted(self.steps, name=name, gap=gap, request=request)
+        return fitted(
+            self.steps,
+            name=name,
+            gap=gap,
+            request=request,
+            num_blocks=self.info.num_blocks,
+            block_size=self.info.block_size,
+            max_model_len=self.info.max_model_len,
+        )
+
+
+class _Device:
+    """How far each slot has come, as far as the steps say: those of a rotated journal's first requests don't."""
+
+    def __init__(self) -> None:
+        self._computed: dict[int, int] = {}
+        self._known: dict[int, int] = {}
+
+    def run(self, step: Step) -> tuple[int, int, int] | None:
+        """(prefill_tokens, rows, context) of `step`; None if it names a slot that was filled before the journal."""
+        for slot in step.retire.tolist():
+            self._known.pop(slot, None)
+        for admit in step.admit:
+            self._computed[admit.slot], self._known[admit.slot] = admit.cached_len, len(admit.token_ids)
+        admitted = {admit.slot for admit in step.admit}
+        prefill = rows = context = 0
+        whole = True
+        for slot, count in zip(step.work_slots.tolist(), step.work_counts.tolist(), strict=True):
+            known = self._known.get(slot)
+            if known is None:
+                whole = False
+                continue
+            computed = self._computed[slot]
+            if known - computed == 1 and slot not in admitted:
+                rows += 1
+            else:
+                prefill += count
+            computed += count
+            context += computed
+            self._computed[slot] = computed
+            if computed == known:
+                self._known[slot] = known + 1
+        return (prefill, rows, context) if whole else None
+
+
+def observe(records: Iterable[Record]) -> Observed:
+    """Read `records` of a journal, in order."""
+    seen, device = Observed(), _Device()
+    held: dict[int, tuple[float, tuple[int, int, int]]] = {}  # step -> when it was sent, what it holds
+    last_end = 0.0
+    for record in records:
+        if record.call is Call.HANDLE and record.frame is not None and record.sender == EXECUTOR:
+            message = decode(record.frame)
+            if isinstance(message, ExecutorReady):
+                seen.info, device = message.info, _Device()
+                held.clear()
+            elif isinstance(message, StepResult):
+                found = held.pop(message.number, None)
+                if found is not None and message.seconds > 0:
+                    sent, counts = found
+                    seen.steps.append(MeasuredStep(*counts, message.seconds))
+                    seen.gaps.append(max(record.now - max(sent, last_end) - message.seconds, 0.0))
+                last_end = record.now
+        for name, content in record.outputs or ():
+            if name == EXECUTOR and isinstance(content, bytes):
+                step = decode(content)
+                work = device.run(step) if isinstance(step, Step) else None
+                if isinstance(step, Step) and work is not None:
+                    held[step.number] = (record.now, work)
+            elif name == DETOKENIZER and isinstance(content, bytes):
+                delivered = decode(content)
+                if isinstance(delivered, Deliver):
+                    seen.ends += delivered.ended
+    return seen
+
+
+def from_journal(path: Path) -> Calibration:
+    """The calibration of the run whose journal is at `path`. Raises `InvalidRequest` for what is no journal, or one
+    with too few steps."""
+    try:
+        reader = Reader(path)
+        try:
+            return observe(reader).calibrated(path.name)
+        finally:
+            reader.close()
+    except JournalError as error:
+        raise InvalidRequest(f"calibrate: {error.message}", param="calibrate") from None
+
+
+def find_calibration(text: str) -> Calibration:
+    """A built-in calibration by its name, one in a JSON file, or that of a journal. Raises `InvalidRequest`."""
+    path = Path(text)
+    if text in BUILT_IN or not path.is_file():
+        return calibration(text)
+    with path.open("rb") as file:
+        first = file.read(1)
+    return calibration(text) if first in (b"", b"{", b"[") else from_journal(path)
