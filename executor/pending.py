@@ -69,7 +69,8 @@ class Pending:
     """A step on its way through the device.
 
     `started` and `computed`: marks around its work there; `copied_from`: before the copies that came first, if blocks
-    were swapped. `before`: the end of the step before, if the time from there to here is a gap between two decode steps.
+    were swapped. `before`: the end of the step before, if the time from there to here is a gap between two decode
+    steps.
     """
 
     def __init__(
