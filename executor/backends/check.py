@@ -31,10 +31,11 @@ def triton_backend(device: torch.device, dtype: torch.dtype) -> Backend:
     try:
         from triton.errors import TritonError
 
+        from ..kernels.gpu.linear_table import LinearTable, load_table, table_path
         from .triton import TritonBackend
     except ImportError as error:
         raise KernelsUnavailable(f"triton can't be imported: {error}") from error
-    backend = TritonBackend()
+    backend = TritonBackend(load_table(table_path(device)) if device.type == "cuda" else LinearTable())
     try:
         check_backend(backend, device, dtype)
     except (TritonError, RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:

@@ -13,11 +13,13 @@ from torch import Tensor
 from ..kernels.gpu.attention_decode import decode_attention
 from ..kernels.gpu.attention_prefill import prefill_attention
 from ..kernels.gpu.attention_tiles import unsupported
+from ..kernels.gpu.linear_table import LinearTable
 from ..kernels.gpu.norm import add_rms_norm, rms_norm
 from ..kernels.gpu.rope import rope_and_cache, write_kv
 from ..kernels.gpu.silu import silu_mul
 from .base import KVLayer, Linear, StepBatch
 from .torch import TorchBackend
+from .triton_linear import TritonLinear
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +30,14 @@ class TritonBackend(TorchBackend):
     name = "triton"
     static_decode = True
 
-    def __init__(self) -> None:
+    def __init__(self, table: LinearTable | None = None) -> None:
+        """`table`: which products are the kernel's; by default none."""
         super().__init__()
+        self._table = table or LinearTable()
         self._told: set[str] = set()  # why something went to torch, each reason logged once
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        return TritonLinear(weight, bias, self._table)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm(x, weight, eps)
@@ -38,10 +45,15 @@ class TritonBackend(TorchBackend):
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return silu_mul(gate_up)
 
+    def linear_silu_mul(self, linear: Linear, x: Tensor) -> Tensor:
+        joined = linear.silu_mul(x) if isinstance(linear, TritonLinear) else None
+        return silu_mul(linear(x)) if joined is None else joined
+
     def linear_add_norm(
         self, linear: Linear, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(linear(x), residual, weight, eps)
+        joined = linear.add_norm(x, residual, weight, eps) if isinstance(linear, TritonLinear) else None
+        return add_rms_norm(linear(x), residual, weight, eps) if joined is None else joined
 
     def rope_and_cache(
         self,
