@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -71,3 +72,9 @@ def test_a_kernel_that_does_not_compile_and_a_missing_triton_are_reasons(monkeyp
     monkeypatch.setitem(sys.modules, "triton.errors", None)
     with pytest.raises(KernelsUnavailable, match="triton can't be imported"):
         triton_backend(DEVICE, torch.float32)
+
+
+def test_the_engine_starts_without_triton() -> None:
+    code = "import fast_inference.executor.startup, sys; print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "False"

@@ -16,7 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...backends.base import KVLayer, StepBatch
+from .attention_splits import choose_splits, make_parts, merge_parts, processors, store_part
 from .attention_tiles import Tile, absorb, load_rows, page_offsets, score_factors, soft_capped
+
+PROGRAMS_PER_PROCESSOR = 2  # that are resident at a time
+LEAST_KEYS = 512  # of a part
 
 
 def prefill_attention(
@@ -27,13 +31,14 @@ def prefill_attention(
     out: Tensor,
     window: int | None = None,
     soft_cap: float | None = None,
+    splits: int | None = None,
     tile: Tile | None = None,
 ) -> None:
     """Attention of the tokens of `q` [T, Hq, D] from row `batch.num_decodes` on, written to the same rows of `out`
     [T, Hq * D]; both contiguous and of the cache's dtype.
 
-    `tile`: None: as `choose_tile` says; its rows must hold a group. Raises `ValueError` for a scale that is not
-    positive.
+    `splits`: parts into which a tile is cut along its keys; None: as the number of tiles asks. `tile`: None: as
+    `choose_tile` says; its rows must hold a group. Raises `ValueError` for a scale that is not positive.
     """
     tokens, heads, head_size = q.shape
     _, kv_heads, block_size, _ = kv.keys.shape
@@ -41,15 +46,22 @@ def prefill_attention(
     factor, cap = score_factors(scale, soft_cap)
     if tile is None:
         tile = choose_tile(group, head_size, q.element_size())
-    rows = batch.seq_lens.shape[0]
-    most_tiles = (tokens - batch.num_decodes) // (tile.rows // group) + rows - batch.num_decodes
-    _prefill[(most_tiles, kv_heads)](
-        q, kv.keys, kv.values, batch.block_tables, batch.query_start, batch.seq_lens, out,
-        factor, cap, window or 0, batch.num_decodes, rows, batch.block_tables.stride(0), kv.keys.stride(0),
+    first, rows = batch.num_decodes, batch.seq_lens.shape[0]
+    most_tiles = (tokens - first) // (tile.rows // group) + rows - first
+    if splits is None:
+        resident = PROGRAMS_PER_PROCESSOR * processors(q.device)
+        longest = min(batch.max_seq_len, window or batch.max_seq_len)
+        splits = choose_splits(most_tiles * kv_heads, resident, longest, LEAST_KEYS)
+    means, sizes = make_parts(out[first:], tokens - first, heads, splits)
+    _prefill[(most_tiles, kv_heads, splits)](
+        q, kv.keys, kv.values, batch.block_tables, batch.query_start, batch.seq_lens, means, sizes,
+        factor, cap, window or 0, splits, first, rows, batch.block_tables.stride(0), kv.keys.stride(0),
         KV_HEADS=kv_heads, GROUP=group, HEAD=head_size, HEAD_PAD=triton.next_power_of_2(head_size),
         BLOCK_SIZE=block_size, ROWS=tile.rows, TILE=tile.keys, WINDOWED=bool(window), CAPPED=bool(soft_cap),
-        num_warps=tile.warps, num_stages=tile.stages,
+        SPLIT=splits > 1, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    if splits > 1:
+        merge_parts(means, sizes, out[first:])
 
 
 def choose_tile(group: int, head_size: int, itemsize: int) -> Tile:
@@ -61,16 +73,16 @@ def choose_tile(group: int, head_size: int, itemsize: int) -> Tile:
     return Tile(max(128, least), 64, 8, 2 if head_pad > 128 else 3)
 
 
-@triton.jit(do_not_specialize=["window", "first_row", "rows"])
+@triton.jit(do_not_specialize=["window", "splits", "first_row", "rows", "table_stride"])
 def _prefill(
-    q, keys, values, tables, query_start, seq_lens, out,
-    factor, cap, window, first_row, rows, table_stride, block_stride,
+    q, keys, values, tables, query_start, seq_lens, means, sizes,
+    factor, cap, window, splits, first_row, rows, table_stride, block_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries, one kv head."""
+    """One tile of queries, one kv head, one part of the keys. `first_row` is the first token too: decodes have one."""
     PER_TILE: tl.constexpr = ROWS // GROUP  # tokens
-    kv_head = tl.program_id(1)
+    kv_head, split = tl.program_id(1), tl.program_id(2)
     # The last tiles of a prompt see the most keys: begin with them, so that no long one is left to the end.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     row = _row_of_tile(query_start, tile, first_row, rows, PER_TILE)
@@ -94,30 +106,31 @@ def _prefill(
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, HEAD_PAD], tl.float32)
+    begin = tl.maximum(first_position - window + 1, 0) // TILE * TILE if WINDOWED else 0
+    end = last_position + 1
     # Every query of the tile sees all of the keys in [whole_begin, whole_end): they need no mask.
-    whole_begin = 0
-    whole_end = (first_position + 1) // TILE * TILE
+    whole_begin = tl.cdiv(tl.maximum(last_position - window + 1, 0), TILE) * TILE if WINDOWED else 0
+    whole_end = tl.maximum((first_position + 1) // TILE * TILE, whole_begin)
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(end - begin, TILE), splits) * TILE
+        begin += split * share
+        end = tl.minimum(end, begin + share)
     if WINDOWED:
-        begin = tl.maximum(first_position - window + 1, 0) // TILE * TILE
-        whole_begin = tl.cdiv(tl.maximum(last_position - window + 1, 0), TILE) * TILE
-        whole_end = tl.maximum(whole_end, whole_begin)
-        left_end = tl.minimum(whole_begin, last_position + 1)
         top, total, mixed = _walk(
-            q_tile, keys, values, table, positions, begin, left_end, top, total, mixed, factor, cap, window,
-            block_stride, HEAD, HEAD_PAD, BLOCK_SIZE, TILE, WINDOWED, CAPPED, True,
+            q_tile, keys, values, table, positions, begin, tl.minimum(whole_begin, end), top, total, mixed,
+            factor, cap, window, block_stride, HEAD, HEAD_PAD, BLOCK_SIZE, TILE, WINDOWED, CAPPED, True,
         )  # fmt: skip
     top, total, mixed = _walk(
-        q_tile, keys, values, table, positions, whole_begin, whole_end, top, total, mixed, factor, cap, window,
-        block_stride, HEAD, HEAD_PAD, BLOCK_SIZE, TILE, WINDOWED, CAPPED, False,
+        q_tile, keys, values, table, positions, tl.maximum(whole_begin, begin), tl.minimum(whole_end, end),
+        top, total, mixed,
+        factor, cap, window, block_stride, HEAD, HEAD_PAD, BLOCK_SIZE, TILE, WINDOWED, CAPPED, False,
     )  # fmt: skip
     top, total, mixed = _walk(
-        q_tile, keys, values, table, positions, whole_end, last_position + 1, top, total, mixed, factor, cap, window,
-        block_stride, HEAD, HEAD_PAD, BLOCK_SIZE, TILE, WINDOWED, CAPPED, True,
+        q_tile, keys, values, table, positions, tl.maximum(whole_end, begin), end, top, total, mixed,
+        factor, cap, window, block_stride, HEAD, HEAD_PAD, BLOCK_SIZE, TILE, WINDOWED, CAPPED, True,
     )  # fmt: skip
-    mixed = mixed / tl.where(total > 0.0, total, 1.0)[:, None]
-    dims = tl.arange(0, HEAD_PAD)
-    mask = real[:, None] & (dims < HEAD)[None, :]
-    tl.store(out + head[:, None] * HEAD + dims[None, :], mixed.to(out.dtype.element_ty), mask=mask)
+    head -= first_row.to(tl.int64) * (KV_HEADS * GROUP)
+    store_part(means, sizes, head, real, top, total, mixed, split, splits, HEAD, HEAD_PAD, SPLIT)
 
 
 @triton.jit
