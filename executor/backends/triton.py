@@ -35,6 +35,7 @@ class TritonBackend(TorchBackend):
         super().__init__()
         self._table = table or LinearTable()
         self._told: set[str] = set()  # why something went to torch, each reason logged once
+        self._compiled: set[object] = set()  # attention kernels, each with what it is compiled for
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return TritonLinear(weight, bias, self._table)
@@ -88,8 +89,19 @@ class TritonBackend(TorchBackend):
             return super().attention(q, kv, batch, scale, window, soft_cap)
         q = q.contiguous()
         out = q.new_empty((q.shape[0], q.shape[1] * q.shape[2]))
+        kind = (q.dtype, q.shape[1:], kv.keys.shape[1:], bool(window), bool(soft_cap))
         if batch.num_decodes:
-            decode_attention(q, kv, batch, scale, out, window, soft_cap)
+            for splits in self._splits("decode", kind, q.is_cuda):
+                decode_attention(q, kv, batch, scale, out, window, soft_cap, splits)
         if batch.num_decodes < batch.seq_lens.shape[0]:
-            prefill_attention(q, kv, batch, scale, out, window, soft_cap)
+            for splits in self._splits("prefill", kind, q.is_cuda):
+                prefill_attention(q, kv, batch, scale, out, window, soft_cap, splits)
         return out
+
+    def _splits(self, kernel: str, kind: object, compiles: bool) -> tuple[int | None, ...]:
+        """How a kernel is to cut its rows: as it likes, but the first time also in one part and in two, which are
+        compiled apart: no later step waits for the compiler."""
+        if not compiles or (kernel, kind) in self._compiled:
+            return (None,)
+        self._compiled.add((kernel, kind))
+        return (1, 2, None)

@@ -35,8 +35,8 @@ def decode_attention(
     """Attention of the first `batch.num_decodes` tokens of `q` [T, Hq, D], written to the same rows of `out`
     [T, Hq * D]; both contiguous and of the cache's dtype. A row with `seq_lens` 0 gives zeros.
 
-    `splits`: parts of a row, each attended by a program of its own; None: as the number of rows asks. `tile`: None: as
-    `choose_tile` says. Raises `ValueError` for a scale that is not positive.
+    `splits`: parts of a row, each attended by a program of its own, at most 64; None: as the number of rows asks.
+    `tile`: None: as `choose_tile` says. Raises `ValueError` for a scale that is not positive.
     """
     rows, (_, heads, head_size) = batch.num_decodes, q.shape
     _, kv_heads, block_size, _ = kv.keys.shape

@@ -37,8 +37,8 @@ def prefill_attention(
     """Attention of the tokens of `q` [T, Hq, D] from row `batch.num_decodes` on, written to the same rows of `out`
     [T, Hq * D]; both contiguous and of the cache's dtype.
 
-    `splits`: parts into which a tile is cut along its keys; None: as the number of tiles asks. `tile`: None: as
-    `choose_tile` says; its rows must hold a group. Raises `ValueError` for a scale that is not positive.
+    `splits`: parts into which a tile is cut along its keys, at most 64; None: as the number of tiles asks. `tile`:
+    None: as `choose_tile` says; its rows must hold a group. Raises `ValueError` for a scale that is not positive.
     """
     tokens, heads, head_size = q.shape
     _, kv_heads, block_size, _ = kv.keys.shape

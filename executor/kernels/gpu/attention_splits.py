@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_SPLITS = 64
+MAX_SPLITS = 64  # a power of two: the merge is compiled for it, and serves all numbers up to it
 
 
 def choose_splits(programs: int, resident: int, longest: int, least: int) -> int:
@@ -47,7 +47,7 @@ def merge_parts(means: Tensor, sizes: Tensor, out: Tensor) -> None:
     tokens, heads, splits, head_size = means.shape
     _merge[(tokens * heads,)](
         means, sizes, out, splits,
-        HEAD=head_size, HEAD_PAD=triton.next_power_of_2(head_size), SPLITS_PAD=triton.next_power_of_2(splits),
+        HEAD=head_size, HEAD_PAD=triton.next_power_of_2(head_size), SPLITS_PAD=MAX_SPLITS,
     )  # fmt: skip
 
 

@@ -208,6 +208,13 @@ def test_what_the_kernels_cannot_do_is_done_by_torch_and_told_once(caplog: pytes
     assert [record.levelname for record in caplog.records] == ["WARNING"] and "float64" in caplog.text
 
 
+def test_all_variants_of_a_kernel_are_compiled_at_its_first_step() -> None:
+    backend = TritonBackend()
+    assert backend._splits("decode", "float16", True) == (1, 2, None)
+    assert backend._splits("decode", "float16", True) == (None,)
+    assert backend._splits("prefill", "float16", True) == (1, 2, None)
+
+
 def test_what_no_backend_could_do_is_refused() -> None:
     step = make_step([(1, 5)], 2, 16, 16, torch.float32).to(DEVICE)
     attention = TritonBackend().attention
