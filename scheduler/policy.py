@@ -48,8 +48,8 @@ class Policy:
         return None
 
     def rank(self, request: Request) -> float:
-        """Where `request` stands, lowest first, ties by arrival. Asked once, when it arrives."""
-        return 0.0
+        """Where `request` stands, lowest first, ties by number. Asked once, when it arrives."""
+        return request.arrival
 
     def admits(self, request: Request, blocks: int, batch: Batch) -> bool:
         """Whether the first in the queue may start now, given that the `blocks` it takes from the pool are there. If
@@ -60,7 +60,7 @@ class Policy:
 
     def standing(self, slots: NDArray[np.int64], table: RequestTable) -> NDArray[np.float64]:
         """Where the running requests in `slots` [n] stand now; the highest are the first to be preempted, of equals
-        the one that came last."""
+        the one that has computed least, since that much would be lost."""
         standing: NDArray[np.float64] = table.rank[slots]
         return standing
 

@@ -52,8 +52,8 @@ class Preemptor:
         self._totals.preemptions += 1
 
     def victim(self) -> int:
-        """The slot of the running request that stands last; one that was just resumed only if there is no other.
-        There must be a running request."""
+        """The slot of the running request that stands last, of equals the one with the least work to lose; one that
+        was just resumed only if there is no other. There must be a running request."""
         return self._worst_first()[0]
 
     def make_room_for_waiting(self, now: float) -> list[int]:
@@ -102,6 +102,7 @@ class Preemptor:
         slots = np.flatnonzero(table.lease)
         # just resumed: nothing new said since
         protected = table.length[slots] <= table.protected_until[slots]
-        order = np.lexsort((-table.number[slots], -self._policy.standing(slots, table), protected))
+        standing, lost = self._policy.standing(slots, table), table.computed[slots]
+        order = np.lexsort((-table.number[slots], lost, -standing, protected))
         worst: list[int] = slots[order].tolist()
         return worst
