@@ -103,7 +103,8 @@ class Batch:
         left = iter(targets)
         start = [next(left) if block == FETCHED else block for block in reuse.blocks]
         brought = set(targets)
-        for digest, block in zip(request.hashes, start, strict=False):
+        full = reuse.cached // self.block_size  # the last may be brought half filled
+        for digest, block in zip(request.hashes[:full], start, strict=False):
             if block in brought:
                 self.prefix.register([digest], [block])
                 self.fetched.append(block)

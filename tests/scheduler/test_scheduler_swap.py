@@ -139,6 +139,29 @@ def test_a_new_executor_finds_nothing_in_host_memory() -> None:
         assert harness.tokens[key] == [token_at(key, 3 + i, 100) for i in range(24)]
 
 
+def test_a_block_that_is_brought_half_filled_serves_no_hits() -> None:
+    harness = Harness(
+        engine(),
+        rates=COPY,
+        preemption="swap",
+        kv_offloading_size=1.0,
+        run_ahead=1,
+        max_num_seqs=1,
+        max_num_batched_tokens=1,
+        scheduling_policy="priority",
+    )
+    harness.submit(1, list(range(9)), max_tokens=2)
+    harness.step()
+    harness.submit(2, [50], max_tokens=1, priority=5)
+    harness.step()
+    harness.step()
+    assert stats(harness).swapped_in_blocks == 1, "the first is back, with two tokens of its first block"
+    harness.submit(3, [*range(9), 60], max_tokens=2, priority=6)
+    harness.drain()
+    assert harness.ends[3].cached_tokens == 0
+    assert stats(harness).swap_preemptions == 2
+
+
 def served_again(rates: Rates) -> Harness:
     """A prompt, then others that push it out of the device's cache, then the same once more."""
     harness = Harness(engine(blocks=9), rates=rates, kv_offloading_size=1.0)
