@@ -98,8 +98,8 @@ class DecodeGraphs:
         """One decode step of `slots` [R], or None where no recording is there for it.
 
         For `Choice.LOGITS` the logits [R, V] float32, which the caller may overwrite, and the slots are as they
-        were; else what `pack` makes of the new tokens [2, R], which the slots now have. The next replay overwrites
-        the result.
+        were; else what `pack` makes of the new tokens, which the slots now have: [2, R or more], the rest is
+        padding's. The next replay overwrites the result.
         """
         recorded = self._recorded[choice]
         fitting = next((size for size in self.sizes if size >= len(slots)), None)
@@ -112,7 +112,7 @@ class DecodeGraphs:
         padded[: len(slots)] = slots
         self._tell(padded)
         result = recorded[size]()
-        return result[: len(slots)] if choice is Choice.LOGITS else result[:, : len(slots)]
+        return result[: len(slots)] if choice is Choice.LOGITS else result
 
     def _put_first(self, choice: Choice, size: int) -> None:
         if (choice, size) in self._missing:  # not one that has failed

@@ -54,7 +54,7 @@ class Answer:
     """What a step leaves on the device for the host, and what is known of it already."""
 
     slots: Int  # [R] of the sampled rows
-    packed: Tensor | None = None  # [2, R] int32, see `pack`; None where nothing was sampled
+    packed: Tensor | None = None  # [2, R or more] int32, see `pack`; None where nothing was sampled
     logprobs: RowLogprobs | None = None
     prompts: list[PromptPart] = field(default_factory=list)
     failed: list[RowFailed] = field(default_factory=list)
@@ -101,7 +101,8 @@ class Pending:
         self._landed.wait()
         tokens, logprobs, slots = np.empty(0, np.int32), None, np.empty(0, np.int32)
         if self._packed is not None:
-            tokens, best = self._packed.numpy()[0], self._packed[1].view(torch.float32).numpy()
+            rows = len(self._slots)
+            tokens, best = self._packed[0, :rows].numpy(), self._packed[1, :rows].view(torch.float32).numpy()
             good = np.isfinite(best)
             if not good.all():
                 for slot, value in zip(self._slots[~good].tolist(), best[~good].tolist(), strict=True):

@@ -24,7 +24,8 @@ FRONTEND = "frontend-0"
 
 
 class OneThreadEngine:
-    """An engine for token ids. `options`: fields of `EngineConfig`; `rates`: instead of those that it would measure."""
+    """An engine for token ids, in float32. `options`: fields of `EngineConfig`; `rates`: instead of those that it would
+    measure."""
 
     def __init__(self, model: str, *, rates: Rates | None = None, **options: Any) -> None:
         config = EngineConfig(model=model, skip_tokenizer_init=True, dtype="float32", threads=1, **options)
