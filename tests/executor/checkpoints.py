@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fast_inference.executor.backends.base import Backend
 from fast_inference.executor.backends.torch import TorchBackend
 from fast_inference.executor.models import load_model
 from fast_inference.executor.models.base import Model
@@ -41,9 +42,10 @@ def make_checkpoint(config: PreTrainedConfig, folder: Path, **save: Any) -> Any:
     return model
 
 
-def load(folder: Path, **options: Any) -> Model:
+def load(folder: Path, backend: Backend | None = None, **options: Any) -> Model:
+    """The model in `folder` on a CPU, with the torch backend where none is given."""
     config = EngineConfig(model=str(folder), **options)
-    return load_model(config, torch.device("cpu"), TorchBackend(), lambda *_: None)
+    return load_model(config, torch.device("cpu"), backend or TorchBackend(), lambda *_: None)
 
 
 def prompt(length: int, seed: int) -> list[int]:
