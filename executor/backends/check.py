@@ -16,7 +16,7 @@ from torch import Tensor
 from .base import Backend, KernelsUnavailable, KVLayer, StepBatch
 from .torch import TorchBackend
 
-# Largest difference on results of size about 1, over sums of some hundred products rounded to that dtype.
+# Largest difference, relative to results over 1, of sums of some hundred products rounded to that dtype.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 4, 2, 64, 16
 HIDDEN = HEADS * HEAD_SIZE
@@ -60,9 +60,15 @@ def check_backend(backend: Backend, device: torch.device, dtype: torch.dtype) ->
                     f"{name} gives {list(actual.shape)} of {actual.dtype} where torch gives {list(expected.shape)} of "
                     f"{expected.dtype}"
                 )
-            difference = (actual.float() - expected.float()).abs().max().item()
+            difference = relative_difference(actual, expected)
             if not difference <= limit:  # a NaN is no less wrong
                 raise KernelsUnavailable(f"{name} differs from torch by {difference:.3g} in {dtype}, over {limit:g}")
+
+
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """The largest of |actual - expected| / max(1, |expected|): a large result is rounded to more than a small one."""
+    wide = expected.float()
+    return float(((actual.float() - wide).abs() / wide.abs().clamp(min=1.0)).max())
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,19 @@ def test_an_operation_that_differs_is_named(operation: str, wrong: float, monkey
         check_backend(backend, CPU, torch.float32)
 
 
+def test_a_result_that_is_rounded_the_other_way_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large ones too: above 8, neighbours in bfloat16 are 1/16 apart."""
+    backend = TorchBackend()
+    right = backend.rms_norm
+
+    def round_away(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        normed = right(x, weight, eps)
+        return (normed.view(torch.int16) + 1).view(torch.bfloat16) if x.dtype is torch.bfloat16 else normed
+
+    monkeypatch.setattr(backend, "rms_norm", round_away)
+    check_backend(backend, CPU, torch.bfloat16)
+
+
 def test_another_shape_or_dtype_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = TorchBackend()
     monkeypatch.setattr(backend, "silu_mul", lambda x: x[:, : x.shape[1] // 2].double())
