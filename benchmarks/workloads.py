@@ -9,11 +9,11 @@ on `seed`, so that a repeat is the same amount of work but finds nothing of the 
 
 from __future__ import annotations
 
-import csv
 import random
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
+
+from fast_inference.simulator import workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,16 +114,10 @@ def read_trace(path: Path, count: int, speed_up: float) -> tuple[list[float], li
     """The first `count` rows of a trace with the columns TIMESTAMP, ContextTokens and GeneratedTokens.
 
     Returns arrival times in seconds after the first one, divided by `speed_up`, and (prompt, output) lengths. Raises
-    `ValueError` if the file has fewer rows or other columns.
+    `ValueError` if the file has fewer rows, `InvalidRequest` if it is no trace.
     """
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if not {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{path} must have the columns TIMESTAMP, ContextTokens and GeneratedTokens")
-        rows = [row for row, _ in zip(reader, range(count), strict=False)]
-    if len(rows) < count:
-        raise ValueError(f"--num-prompts must be at most the {len(rows)} rows of {path}, got {count}")
-    # fromisoformat takes at most 6 digits after the second's point on Python 3.10 and cuts a seventh off since 3.11
-    times = [datetime.fromisoformat(row["TIMESTAMP"]).timestamp() for row in rows]
-    arrivals = [(time - times[0]) / speed_up for time in times]
-    return arrivals, [(int(row["ContextTokens"]), int(row["GeneratedTokens"])) for row in rows]
+    trace = workload.read_trace(path)
+    if len(trace) < count:
+        raise ValueError(f"--num-prompts must be at most the {len(trace)} rows of {path}, got {count}")
+    lengths = zip(trace.prompt[:count].tolist(), trace.output[:count].tolist(), strict=True)
+    return (trace.arrival[:count] / speed_up).tolist(), list(lengths)

@@ -26,7 +26,19 @@ class Observed:
     info: EngineInfo | None = None
     steps: list[MeasuredStep] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)  # of each step: what it took beside its own time
+    times: list[float] = field(default_factory=list)  # of each step: when its result came
     ends: list[StreamEnd] = field(default_factory=list)
+
+    def outside(self, begun: float, ended: float) -> Observed:
+        """What came before `begun` or after `ended`."""
+        kept = [place for place, time in enumerate(self.times) if not begun <= time <= ended]
+        return Observed(
+            info=self.info,
+            steps=[self.steps[place] for place in kept],
+            gaps=[self.gaps[place] for place in kept],
+            times=[self.times[place] for place in kept],
+            ends=[end for end in self.ends if not begun <= end.finished <= ended],
+        )
 
     def calibrated(self, name: str, *, request: float = 0.0) -> Calibration:
         """The device and the actors around it. Raises `InvalidRequest` for too few steps."""
@@ -94,6 +106,7 @@ def observe(records: Iterable[Record]) -> Observed:
                 if found is not None and message.seconds > 0:
                     sent, counts = found
                     seen.steps.append(MeasuredStep(*counts, message.seconds))
+                    seen.times.append(record.now)
                     seen.gaps.append(max(record.now - max(sent, last_end) - message.seconds, 0.0))
                 last_end = record.now
         for name, content in record.outputs or ():

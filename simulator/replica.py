@@ -40,7 +40,9 @@ class Running:
 class Replica:
     """See the head of this file. `next_end`: when its oldest step under way is done, infinite without one."""
 
-    def __init__(self, config: EngineConfig, calibration: Calibration, workload: Workload, max_tokens: int) -> None:
+    def __init__(
+        self, config: EngineConfig, calibration: Calibration, workload: Workload, max_tokens: int | None
+    ) -> None:
         self.core = SchedulerCore(config)
         self.calibration = calibration
         self.next_end = DONE
@@ -87,7 +89,7 @@ class Replica:
             key=index,
             request_id="",
             prompt_token_ids=self._words[:prompt],
-            params=self._params_for(prompt),
+            params=self._params_for(index, prompt),
             seed=index,
             eos_token_ids=(EOS,),
             client=str(self._workload.client[index]),
@@ -133,8 +135,9 @@ class Replica:
         if len(self._running) == 1:
             self.next_end = self._free_at
 
-    def _params_for(self, prompt: int) -> SamplingParams:
-        allowed = max(min(self._max_tokens, self._longest - prompt), 1)
+    def _params_for(self, index: int, prompt: int) -> SamplingParams:
+        wanted = self._outputs[index] if self._max_tokens is None else self._max_tokens
+        allowed = max(min(wanted, self._longest - prompt), 1)
         params = self._params.get(allowed)
         if params is None:
             params = self._params[allowed] = SamplingParams(max_tokens=allowed, temperature=0.0)

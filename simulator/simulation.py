@@ -35,14 +35,14 @@ class Setup:
     calibration: Calibration
     replicas: int = 1
     router: str = "least-loaded"
-    max_tokens: int = 2048  # what each request asks for at most; its answer ends earlier, where the workload says
+    max_tokens: int | None = 2048  # what each request allows; None: just its answer's length, as `ignore_eos` runs do
 
     def __post_init__(self) -> None:
         if not 1 <= self.replicas <= 4096:
             raise InvalidRequest(f"replicas must be in [1, 4096], got {self.replicas}", param="replicas")
         if self.router not in ROUTERS:
             raise InvalidRequest(f"router must be one of {', '.join(ROUTERS)}; got {self.router!r}", param="router")
-        if self.max_tokens < 1:
+        if self.max_tokens is not None and self.max_tokens < 1:
             raise InvalidRequest(f"max_tokens must be at least 1, got {self.max_tokens}", param="max_tokens")
 
 
@@ -57,7 +57,7 @@ class Result:
 def simulate(setup: Setup, workload: Workload, progress: Callable[[int], None] = lambda ended: None) -> Result:
     """Run all of `workload`; `progress(requests ended)` is called now and then."""
     longest = int(workload.output.max())
-    if longest > setup.max_tokens:
+    if setup.max_tokens is not None and longest > setup.max_tokens:
         raise InvalidRequest(
             f"max_tokens must be at least the longest answer, {longest} tokens, got {setup.max_tokens}",
             param="max_tokens",

@@ -77,6 +77,15 @@ def test_steps_of_requests_from_before_the_journal_are_left_out(records: list[Re
     assert late.calibrated("late").per_row == pytest.approx(DEVICE.per_row, rel=1e-3)
 
 
+def test_a_part_of_a_run_can_be_left_out(records: list[Record]) -> None:
+    whole = observe(records)
+    begun, ended = whole.times[100], whole.times[200]
+    rest = whole.outside(begun, ended)
+    assert len(rest.steps) == len(rest.gaps) == len(whole.steps) - 101
+    assert 0 < len(rest.ends) < 60
+    assert not [end for end in rest.ends if begun <= end.finished <= ended]
+
+
 def test_a_journal_file_is_a_calibration(records: list[Record], tmp_path: Path) -> None:
     file = tmp_path / "run.journal"
     file.write_bytes(Header(CONFIG, False).pack() + b"".join(record.pack() for record in records))

@@ -131,6 +131,13 @@ def test_the_least_loaded_replica_takes_the_next_request() -> None:
     assert by_load.ledger.e2el.sum() <= in_turn.ledger.e2el.sum()
 
 
+def test_lengths_can_be_known_beforehand_as_where_the_end_is_ignored() -> None:
+    exact = Setup(config=setup().config, calibration=DEVICE, max_tokens=None)
+    result = simulate(exact, crowd())
+    assert np.array_equal(result.ledger.tokens, crowd().output)
+    assert result.figures["duration"] <= simulate(setup(), crowd()).figures["duration"] * 1.01
+
+
 def test_settings_out_of_range_are_named() -> None:
     with pytest.raises(InvalidRequest, match=r"replicas must be in \[1, 4096\], got 0"):
         setup(replicas=0)

@@ -1,0 +1,148 @@
+"""The simulator held against the engine: the same requests on both, the differences in a table.
+
+    python benchmarks/simulator_check.py --trace ../shared/traces/azure_llm_2023_conv.csv --json FILE
+
+The engine runs twice as many requests of the trace as are compared: in the middle those that are, before and after
+them as many others, which calibrate (from the journal: what steps cost and what lies between them; from the clients'
+clocks: what lies around a request). The simulation gets the calibration, the same settings, arrivals and lengths, and
+nothing of what was measured of the compared part. Other programs on the machine make the parts differ: let it rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fast_inference import AsyncEngine
+from fast_inference.protocol.config import EngineConfig
+from fast_inference.scheduler.journal import Reader
+from fast_inference.simulator.costs import Calibration
+from fast_inference.simulator.measured import observe
+from fast_inference.simulator.simulation import Setup, simulate
+from fast_inference.simulator.workload import Workload
+from load import NativeSender, drive
+from models import add_model_options, model_folder, vocabulary_size
+from records import Record, serving_figures
+from report import console, machine, write_json
+from rich.table import Table
+from workloads import Request, random_requests, read_trace
+
+COMPARED = ("output_throughput", "mean_ttft_ms", "mean_e2el_ms", "mean_itl_ms")
+PROMISED = ("output_throughput", "mean_ttft_ms")  # within `TOLERANCE`
+TOLERANCE = 0.15
+PAUSE = 0.5  # seconds between the two parts, so that no step belongs to both
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_options(parser)
+    parser.add_argument("--trace", type=Path, required=True, help="CSV of arrivals and lengths")
+    parser.add_argument("--num-prompts", type=int, default=64, help="that are compared; as many more calibrate")
+    parser.add_argument("--speed-up", type=float, default=2.0, help="of the trace's clock")
+    parser.add_argument("--scale-tokens", type=float, default=0.1, help="shortens the trace's prompts and outputs")
+    parser.add_argument("--max-num-seqs", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def parts(args: argparse.Namespace, vocab_size: int) -> list[list[Request]]:
+    """The requests that calibrate first, those that are compared, and those that calibrate after them; each part's
+    clock starts at 0."""
+    count = args.num_prompts
+    arrivals, lengths = read_trace(args.trace, 2 * count, args.speed_up)
+    out = []
+    for seed, (first, stop) in enumerate(((count, count + count // 2), (0, count), (count + count // 2, 2 * count))):
+        own = [arrival - arrivals[first] for arrival in arrivals[first:stop]]
+        out.append(random_requests(lengths[first:stop], vocab_size, args.seed + seed, args.scale_tokens, own))
+    return out
+
+
+async def measure(
+    args: argparse.Namespace, model: str, journal: Path, requests: list[list[Request]]
+) -> tuple[list[list[Record]], list[float]]:
+    """The records of each part, and four times around them."""
+    records, times = [], []
+    async with AsyncEngine(
+        model,
+        load_format=args.load_format,
+        dtype=args.dtype,
+        skip_tokenizer_init=True,
+        port=None,
+        journal=str(journal),
+        max_num_seqs=args.max_num_seqs,
+    ) as engine:
+        sender = NativeSender(engine)
+        await drive(sender, requests[0][:4], None, lambda: None)  # the first steps are slow: not theirs to tell
+        for part in requests:
+            times.append(time.time())
+            await asyncio.sleep(PAUSE)
+            records.append(await drive(sender, part, None, lambda: None))
+            await asyncio.sleep(PAUSE)
+        times.append(time.time())
+    errors = sorted({record.error for part in records for record in part if record.error})
+    if errors:
+        raise SystemExit(f"requests failed: {'; '.join(errors)}")
+    return records, times
+
+
+def calibrate(journal: Path, times: list[float], records: list[Record]) -> tuple[Calibration, EngineConfig]:
+    """The calibration from what was recorded around the compared part, and the settings that the journal tells.
+    `records`: those of the calibrating requests."""
+    reader = Reader(journal)
+    try:
+        seen = observe(reader).outside(0.0, times[0]).outside(times[1], times[2])
+        settings = reader.header.config
+    finally:
+        reader.close()
+    inside = statistics.fmean(end.first_token - end.arrival for end in seen.ends)
+    around = statistics.fmean(record.ttft for record in records) - inside
+    return seen.calibrated("this machine", request=max(around, 0.0)), settings
+
+
+def predict(calibration: Calibration, settings: EngineConfig, requests: list[Request]) -> dict[str, Any]:
+    """The figures of the same requests in the simulation."""
+    count = len(requests)
+    workload = Workload(
+        arrival=np.array([request.arrival for request in requests]),
+        prompt=np.array([len(request.prompt_token_ids) for request in requests], np.int64),
+        output=np.array([request.max_tokens for request in requests], np.int64),
+        client=np.zeros(count, np.int64),
+        deadline=np.full(count, np.inf),
+    )
+    config = settings.replace(journal=None, num_blocks=calibration.num_blocks)
+    return simulate(Setup(config=config, calibration=calibration, max_tokens=None), workload).figures
+
+
+def main() -> None:
+    args = parse_args()
+    report: dict[str, Any] = {"benchmark": "simulator_check", "machine": machine()}
+    with model_folder(args.model, args.load_format) as model, tempfile.TemporaryDirectory() as folder:
+        journal = Path(folder, "journal")
+        requests = parts(args, vocabulary_size(model))
+        records, times = asyncio.run(measure(args, model, journal, requests))
+        calibration, settings = calibrate(journal, times, records[0] + records[2])
+    compared = requests[1]
+    measured, predicted = serving_figures(records[1], {}), predict(calibration, settings, compared)
+    differences = {name: predicted[name] / measured[name] - 1 for name in COMPARED}
+    words = f"{args.speed_up:g} times as fast, lengths times {args.scale_tokens:g}"
+    table = Table(title=f"{len(compared)} requests of {args.trace.name}, {words}")
+    for column in ("figure", "measured", "simulated", "difference"):
+        table.add_column(column, justify="left" if column == "figure" else "right")
+    for name in COMPARED:
+        good = name not in PROMISED or abs(differences[name]) <= TOLERANCE
+        difference = f"[{'green' if good else 'red'}]{differences[name]:+.1%}[/]"
+        table.add_row(name, f"{measured[name]:.2f}", f"{predicted[name]:.2f}", difference)
+    console.print(table)
+    report |= {"calibration": asdict(calibration), "measured": measured, "simulated": predicted}
+    write_json(args.json, report | {"differences": differences})
+
+
+if __name__ == "__main__":
+    main()
