@@ -35,6 +35,7 @@ COLUMNS = (  # of a comparison: title, figure, form
     ("deadlines met", "deadlines_met", ",d"),
     ("Jain", "jain_index", ".3f"),
     ("service gap", "largest_service_gap", ",.0f"),
+    ("urgent TTFT ms", "urgent_mean_ttft_ms", ",.0f"),
 )
 
 
@@ -63,7 +64,7 @@ def simulate(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", help="what each request allows; answers end where the trace says")
     ] = 2048,
-    clients: Annotated[int, typer.Option("--clients", help="who ask, the i-th 1/i as often as the first")] = 1,
+    clients: Annotated[int, typer.Option("--clients", help="who ask: the i-th 1/i as often, with more priority")] = 1,
     deadline_ms: Annotated[
         str | None, typer.Option("--deadline-ms", metavar="LOW[-HIGH]", help="for the first token, drawn evenly")
     ] = None,

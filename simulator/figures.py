@@ -208,4 +208,7 @@ def figures(ledger: Ledger, *, seconds: float, preemptions: int, device_busy: fl
         out["jain_index"] = jain_index(service)
         out["largest_service_gap"] = ledger.largest_service_gap
         out["service"] = service.tolist()
+        by_client = [ledger.ttft[done & (work.client == client)] for client in range(work.clients)]
+        out["client_mean_ttft_ms"] = [float(ttft.mean()) * 1e3 if len(ttft) else None for ttft in by_client]
+        out["urgent_mean_ttft_ms"] = out["client_mean_ttft_ms"][-1]
     return out

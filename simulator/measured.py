@@ -26,6 +26,8 @@ class Observed:
     info: EngineInfo | None = None
     steps: list[MeasuredStep] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)  # of each step: what it took beside its own time
+    copied_blocks: int = 0  # between device and host, in all steps
+    copy_seconds: float = 0.0
     times: list[float] = field(default_factory=list)  # of each step: when its result came
     ends: list[StreamEnd] = field(default_factory=list)
 
@@ -36,23 +38,30 @@ class Observed:
             info=self.info,
             steps=[self.steps[place] for place in kept],
             gaps=[self.gaps[place] for place in kept],
+            copied_blocks=self.copied_blocks,
+            copy_seconds=self.copy_seconds,
             times=[self.times[place] for place in kept],
             ends=[end for end in self.ends if not begun <= end.finished <= ended],
         )
 
     def calibrated(self, name: str, *, request: float = 0.0) -> Calibration:
         """The device and the actors around it. Raises `InvalidRequest` for too few steps."""
-        gap = sum(self.gaps) / len(self.gaps) if self.gaps else 0.0
-        if self.info is None:
-            return fitted(self.steps, name=name, gap=gap, request=request)
+        facts: dict[str, int] = {}
+        if self.info is not None:
+            facts = {
+                "num_blocks": self.info.num_blocks,
+                "block_size": self.info.block_size,
+                "max_model_len": self.info.max_model_len,
+            }
+            if self.info.block_bytes:
+                facts["block_bytes"] = self.info.block_bytes
         return fitted(
             self.steps,
             name=name,
-            gap=gap,
+            gap=sum(self.gaps) / len(self.gaps) if self.gaps else 0.0,
             request=request,
-            num_blocks=self.info.num_blocks,
-            block_size=self.info.block_size,
-            max_model_len=self.info.max_model_len,
+            per_copy=self.copy_seconds / self.copied_blocks if self.copied_blocks else 0.0,
+            **facts,
         )
 
 
@@ -107,13 +116,19 @@ def observe(records: Iterable[Record]) -> Observed:
                     sent, counts = found
                     seen.steps.append(MeasuredStep(*counts, message.seconds))
                     seen.times.append(record.now)
-                    seen.gaps.append(max(record.now - max(sent, last_end) - message.seconds, 0.0))
+                    seen.gaps.append(
+                        max(record.now - max(sent, last_end) - message.seconds - message.copy_seconds, 0.0)
+                    )
+                seen.copy_seconds += message.copy_seconds
                 last_end = record.now
         for name, content in record.outputs or ():
             if name == EXECUTOR and isinstance(content, bytes):
                 step = decode(content)
-                work = device.run(step) if isinstance(step, Step) else None
-                if isinstance(step, Step) and work is not None:
+                if not isinstance(step, Step):
+                    continue
+                seen.copied_blocks += len(step.swap_out_from) + len(step.swap_in_from)
+                work = device.run(step)
+                if work is not None:
                     held[step.number] = (record.now, work)
             elif name == DETOKENIZER and isinstance(content, bytes):
                 delivered = decode(content)

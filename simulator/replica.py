@@ -34,6 +34,7 @@ class Running:
     slots: NDArray[np.int32]
     tokens: NDArray[np.int32]
     seconds: float
+    copy_seconds: float
     ends: float  # when it is done
 
 
@@ -57,6 +58,7 @@ class Replica:
         self._ends_at = np.zeros(config.max_num_seqs, np.int64)  # of them, when the answer ends
         self._outputs = workload.output.tolist()
         self._prompts = workload.prompt.tolist()
+        self._clients = workload.client.tolist()
         limited = np.isfinite(workload.deadline)
         self._deadlines = np.where(limited, workload.deadline, 0.0).tolist()
         # what is in a prompt is all the same here; `cache_salt` keeps two prompts from being one prefix
@@ -71,6 +73,8 @@ class Replica:
             max_num_seqs=config.max_num_seqs,
             dtype="none",
             device="simulated",
+            num_host_blocks=int(config.kv_offloading_size * 2**30) // calibration.block_bytes,
+            block_bytes=calibration.block_bytes,
         )
         self._longest = info.max_model_len
         self.core.handle(ExecutorReady(info=info), 0.0, "executor")
@@ -83,7 +87,7 @@ class Replica:
 
     def submit(self, index: int, now: float) -> list[Effect]:
         """Request `index` of the workload comes at `now`. Returns what the core has to say."""
-        prompt, deadline = self._prompts[index], self._deadlines[index]
+        prompt, deadline, client = self._prompts[index], self._deadlines[index], self._clients[index]
         self.submitted += 1
         message = Submit(
             key=index,
@@ -92,7 +96,8 @@ class Replica:
             params=self._params_for(index, prompt),
             seed=index,
             eos_token_ids=(EOS,),
-            client=str(self._workload.client[index]),
+            priority=client,
+            client=str(client),
             deadline_ms=max(round(deadline * 1e3), 1) if deadline else None,
             cache_salt=str(index),
         )
@@ -104,7 +109,13 @@ class Replica:
         """The oldest step under way is done. Returns what the core makes of its result."""
         done = self._running.popleft()
         now = done.ends
-        result = StepResult(number=done.number, slots=done.slots, tokens=done.tokens, seconds=done.seconds)
+        result = StepResult(
+            number=done.number,
+            slots=done.slots,
+            tokens=done.tokens,
+            seconds=done.seconds,
+            copy_seconds=done.copy_seconds,
+        )
         effects = self.core.handle(result, now, "executor")
         self.next_end = self._running[0].ends if self._running else DONE
         self._send_steps(now)
@@ -129,9 +140,10 @@ class Replica:
         tokens = np.where(known == self._ends_at[slots], np.int32(EOS), np.int32(WORD))
         calibration = self.calibration
         seconds = calibration.seconds(record.prefill_tokens, record.rows, record.context)
-        self._free_at = max(now, self._free_at) + calibration.gap + seconds
-        self.busy_seconds += seconds
-        self._running.append(Running(step.number, slots, tokens, seconds, self._free_at))
+        copying = calibration.per_copy * record.swapped_blocks
+        self._free_at = max(now, self._free_at) + calibration.gap + copying + seconds
+        self.busy_seconds += copying + seconds
+        self._running.append(Running(step.number, slots, tokens, seconds, copying, self._free_at))
         if len(self._running) == 1:
             self.next_end = self._free_at
 

@@ -26,7 +26,7 @@ class Workload:
     arrival: NDArray[np.float64]  # seconds after the first one
     prompt: NDArray[np.int64]  # tokens
     output: NDArray[np.int64]  # tokens, the one that ends the answer among them
-    client: NDArray[np.int64]  # who asks: 0, 1, ..
+    client: NDArray[np.int64]  # who asks: 0, 1, ..; the number is the priority too: who asks less often is more urgent
     deadline: NDArray[np.float64]  # seconds from arrival to the first token; infinite: none
 
     def __len__(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -89,6 +90,26 @@ def test_a_short_pool_preempts_and_still_says_everything() -> None:
     result = simulate(setup(num_blocks=24), crowd())
     assert result.figures["preemptions"] > 0
     assert result.figures["total_output_tokens"] == int(crowd().output.sum())
+
+
+def test_swapped_blocks_cost_their_copies_and_no_token() -> None:
+    # a GiB is 1,024 blocks of the default size
+    swapping = {"num_blocks": 24, "preemption": "swap", "kv_offloading_size": 1.0}
+    free, dear = (
+        simulate(setup(dataclasses.replace(DEVICE, per_copy=cost), **swapping), crowd()).figures for cost in (0.0, 0.01)
+    )
+    assert free["preemptions"] > 0
+    assert free["total_output_tokens"] == dear["total_output_tokens"] == int(crowd().output.sum())
+    assert dear["duration"] > free["duration"]
+
+
+def test_under_priority_the_rarer_client_is_served_first() -> None:
+    shared = shaped(crowd(), clients=2, seed=1)
+    means = {
+        policy: simulate(setup(scheduling_policy=policy, max_num_seqs=2), shared).figures["urgent_mean_ttft_ms"]
+        for policy in ("fcfs", "priority")
+    }
+    assert means["priority"] < 0.5 * means["fcfs"]
 
 
 def test_the_core_books_agree_after_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
