@@ -112,20 +112,19 @@ class Ledger:
         self.tokens[index] = end.completion_tokens
 
     @property
-    def largest_service_gap(self) -> float | None:
-        return None if self._share is None else self._share.largest_gap
-
-    @property
-    def service(self) -> NDArray[np.float64] | None:
-        return None if self._share is None else self._share.service
+    def shares(self) -> Shares | None:
+        """Of the clients, where there are several."""
+        return self._share
 
 
 class Shares:
-    """Service by client, and the largest difference between two while both had somebody waiting all the time."""
+    """Service by client: in all, while all of them had somebody waiting, and the largest difference between two while
+    both had."""
 
     def __init__(self, workload: Workload) -> None:
         clients = workload.clients
         self.service = np.zeros(clients)
+        self.contended = np.zeros(clients)  # of it: while every client had somebody waiting
         self.largest_gap = 0.0
         self._client, self._prompt = workload.client, workload.prompt
         self._silent = np.ones(len(workload), np.bool_)
@@ -145,10 +144,14 @@ class Shares:
         """Each request of `index` said one token; with its first one its prompt is computed."""
         clients = self._client[index]
         fresh = self._silent[index].nonzero()[0]
-        self.service += OUTPUT_WEIGHT * np.bincount(clients, minlength=len(self.service))
+        given = OUTPUT_WEIGHT * np.bincount(clients, minlength=len(self.service))
+        if len(fresh):
+            np.add.at(given, clients[fresh], INPUT_WEIGHT * self._prompt[index[fresh]])
+        self.service += given
+        if self._backlogged.all():
+            self.contended += given
         if len(fresh):
             self._silent[index[fresh]] = False
-            np.add.at(self.service, clients[fresh], INPUT_WEIGHT * self._prompt[index[fresh]])
             for client in clients[fresh].tolist():
                 self._wait(client, -1)
         if np.count_nonzero(self._backlogged) > 1:
@@ -166,7 +169,7 @@ class Shares:
 
 
 def jain_index(service: NDArray[np.float64]) -> float:
-    """1 where all got the same, 1/n where one got all (Jain, Chiu and Hawe, DEC-TR-301, 1984)."""
+    """Of what each of n got: 1 if all got the same, 1/n if one got all (Jain, Chiu and Hawe, DEC-TR-301, 1984)."""
     squares = float((service * service).sum())
     return float(service.sum()) ** 2 / (len(service) * squares) if squares else 1.0
 
@@ -203,11 +206,11 @@ def figures(ledger: Ledger, *, seconds: float, preemptions: int, device_busy: fl
     if limited.any():
         out["deadlines"] = int(limited.sum())
         out["deadlines_met"] = int((ledger.ttft[limited] <= work.deadline[limited]).sum())
-    service = ledger.service
-    if service is not None:
-        out["jain_index"] = jain_index(service)
-        out["largest_service_gap"] = ledger.largest_service_gap
-        out["service"] = service.tolist()
+    shares = ledger.shares
+    if shares is not None:
+        out["jain_index"] = jain_index(shares.contended)
+        out["largest_service_gap"] = shares.largest_gap
+        out["service"] = shares.service.tolist()
         by_client = [ledger.ttft[done & (work.client == client)] for client in range(work.clients)]
         out["client_mean_ttft_ms"] = [float(ttft.mean()) * 1e3 if len(ttft) else None for ttft in by_client]
         out["urgent_mean_ttft_ms"] = out["client_mean_ttft_ms"][-1]

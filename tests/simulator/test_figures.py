@@ -52,6 +52,7 @@ def test_a_difference_counts_only_while_both_clients_wait() -> None:
     assert books.largest_gap == 12.0
     books.spoken(np.array([3]))
     assert books.service.tolist() == [24.0, 12.0] and books.largest_gap == 12.0
+    assert books.contended.tolist() == [12.0, 12.0]
 
 
 def test_a_refused_request_is_no_longer_waited_for() -> None:
