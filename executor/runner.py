@@ -48,7 +48,8 @@ class _Outcome:
 class Runner:
     """Runs steps on one device. Not thread-safe; every call in the same thread, under `torch.inference_mode`.
 
-    `graphs`: recordings of decode steps over `batch`, where they are wanted. `host`: where blocks are swapped to.
+    `host`: where blocks are swapped to. `graphs`: recordings of decode steps over `batch`; with None, as at first,
+    every step is launched operation by operation.
     """
 
     def __init__(
@@ -57,11 +58,10 @@ class Runner:
         batch: PersistentBatch,
         kv: KVCache,
         transfer: Transfer,
-        graphs: DecodeGraphs | None = None,
         host: HostPool | None = None,
     ) -> None:
         self.batch = batch
-        self.graphs = graphs
+        self.graphs: DecodeGraphs | None = None
         self._host = host
         self._model = model
         self.kv = kv
@@ -82,14 +82,15 @@ class Runner:
             hopeless = [s for s in step.work_slots.tolist() if s in batch.failed]
             failed = [RowFailed(slot=slot, message=batch.failed[slot]) for slot in hopeless]
         work = batch.take_work(step)
-        answer = self._replayed(work) if self.graphs is not None and work.decode else None
+        decode = work.decode
+        answer = self._replayed(work, self.graphs) if self.graphs is not None and decode else None
         if answer is None:
             answer = self._computed(work)
         answer.failed[:0] = failed
         computed = self._transfer.mark()
         # A request that starts comes after a pause as likely as not, which would be no gap.
-        before = self._last_decode if work.decode and not step.admit and copied_from is None else None
-        self._last_decode = computed if work.decode else None
+        before = self._last_decode if decode and not step.admit and copied_from is None else None
+        self._last_decode = computed if decode else None
         return Pending(step.number, answer, copied_from, started, computed, before, self._transfer)
 
     def _move_blocks(self, step: Step) -> Mark | None:
@@ -107,12 +108,11 @@ class Runner:
             self._host.swap_in(step.swap_in_from.astype(np.int64), step.swap_in_to.astype(np.int64))
         return began
 
-    def _replayed(self, work: Work) -> Answer | None:
+    def _replayed(self, work: Work, graphs: DecodeGraphs) -> Answer | None:
         """A decode step from its recording, or None where there is none for it."""
-        assert self.graphs is not None
         choice = Choice(int(self.batch.sampling.choice[work.slots].max()))
         try:
-            result = self.graphs.replay(work.slots, choice)
+            result = graphs.replay(work.slots, choice)
         except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
             raise _lost(error, self._transfer.device) from error
         if result is None:

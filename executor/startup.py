@@ -72,10 +72,12 @@ def start(config: EngineConfig, progress: Progress, live: torch.nn.Module | None
     graphs = wants_graphs(config, model, device)
     plan = plan_memory(config, model, transfer, graphs)
     swap_room = host_blocks(config, plan)
-    runner = make_runner(config, model, plan, transfer, graphs, swap_room)
+    runner = make_runner(config, model, plan, transfer, swap_room)
     clock.end("memory")
     progress("warming up", 0, 0)
     warm_up(runner, config)
+    if graphs:  # behind the first steps, which are no hint of what will be wanted
+        runner.graphs = make_graphs(model, runner, transfer)
     clock.end("warm_up")
     if live is None:  # a caller's own process keeps its own garbage habits
         gc.collect()
@@ -193,18 +195,21 @@ def wants_graphs(config: EngineConfig, model: Model, device: torch.device) -> bo
 
 
 def make_runner(
-    config: EngineConfig, model: Model, plan: KVPlan, transfer: Transfer, graphs: bool, num_host_blocks: int = 0
+    config: EngineConfig, model: Model, plan: KVPlan, transfer: Transfer, num_host_blocks: int = 0
 ) -> Runner:
-    """A runner with an empty batch, `plan`'s blocks and `num_host_blocks` in host memory; with recordings of decode
-    steps, none made yet, if `graphs`."""
+    """A runner with an empty batch, `plan`'s blocks and `num_host_blocks` in host memory."""
     spec: ModelSpec = model.spec
     kv = KVCache(spec, plan, config.block_size, transfer.device)
     batch = PersistentBatch(
         config.max_num_seqs, plan.max_model_len, config.block_size, plan.num_blocks, spec.vocab_size, transfer
     )
-    recordings = DecodeGraphs(model, kv, batch.tensors, Recorder(transfer.device), transfer) if graphs else None
     host = HostPool(kv, num_host_blocks, transfer) if num_host_blocks else None
-    return Runner(model, batch, kv, transfer, recordings, host)
+    return Runner(model, batch, kv, transfer, host)
+
+
+def make_graphs(model: Model, runner: Runner, transfer: Transfer) -> DecodeGraphs:
+    """Recordings of `runner`'s decode steps, none made yet."""
+    return DecodeGraphs(model, runner.kv, runner.batch.tensors, Recorder(transfer.device), transfer)
 
 
 def _gpu_budget(config: EngineConfig, model: Model, transfer: Transfer, graphs: bool) -> int:
@@ -216,7 +221,7 @@ def _gpu_budget(config: EngineConfig, model: Model, transfer: Transfer, graphs: 
     blocks = -(-tokens // config.block_size) + config.max_num_seqs
     small = KVPlan(blocks, min(length, blocks * config.block_size), bytes_per_block(model.spec, config.block_size))
     held = torch.cuda.memory_allocated(device)
-    runner = make_runner(config, model, small, transfer, graphs=False)
+    runner = make_runner(config, model, small, transfer)
     before = torch.cuda.memory_allocated(device)
     peak = profile_peak(runner, config) - before
     del runner
@@ -246,9 +251,9 @@ def _graph_bytes(config: EngineConfig, model: Model, small: KVPlan, transfer: Tr
         free, total = torch.cuda.mem_get_info(transfer.device)
         return total - free
 
-    runner = make_runner(config, model, small, transfer, graphs=False)
+    runner = make_runner(config, model, small, transfer)
     before = used()
-    graphs = DecodeGraphs(model, runner.kv, runner.batch.tensors, Recorder(transfer.device), transfer)
+    graphs = make_graphs(model, runner, transfer)
     return used() - before + bytes_of_all(graphs, used)
 
 

@@ -107,7 +107,9 @@ class Driver:
         self.kv = KVCache(model.spec, plan, block_size, transfer.device)
         recorder = Recorder(transfer.device)
         self.graphs = DecodeGraphs(model, self.kv, batch.tensors, recorder, transfer)
-        self.runner = Runner(model, batch, self.kv, transfer, self.graphs if graphs else None)
+        self.runner = Runner(model, batch, self.kv, transfer)
+        if graphs:
+            self.runner.graphs = self.graphs
         with torch.inference_mode():
             while graphs and self.graphs.missing:
                 self.graphs.record_next()
