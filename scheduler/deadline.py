@@ -14,6 +14,7 @@ import numpy as np
 from ..protocol.config import EngineConfig
 from ..protocol.errors import DeadlineUnreachable, EngineError
 from .batch import Batch
+from .output_lengths import OutputLengths
 from .policy import Policy
 from .request import Request
 from .step_model import StepModel
@@ -55,6 +56,7 @@ class Deadline(Policy):
         self._queue = DeadlineQueue(self)
         self._need: dict[int, int] = {}  # request number -> tokens to compute before its first one
         self._late: set[int] = set()
+        self._lengths = OutputLengths()
 
     def queue(self) -> DeadlineQueue:
         return self._queue
@@ -73,35 +75,68 @@ class Deadline(Policy):
         return True
 
     def refuses(self, request: Request, now: float, batch: Batch) -> EngineError | None:
-        """By the least time that its prompt and what goes before it can take, as the step model has it."""
+        """By the time that its prompt and what goes before it take, as the step model has it."""
         cached = len(batch.prefix.lookup(request.hashes)) * batch.block_size if request.takes_prefix_hits else 0
         need = self._need[request.number] = max(1, request.num_prompt - cached)
         if request.deadline == math.inf:
             return None
-        seconds = self._seconds(need + self._ahead(self.rank(request), batch), batch)
+        seconds = self._first_token(request, need, batch)
         late = 0.0 if seconds is None else now + seconds - request.deadline
         if late <= 0.0:
             return None
         del self._need[request.number]
         return DeadlineUnreachable(
             f"deadline_ms must be at least {math.ceil(1000 * (request.deadline - request.arrival + late))} for this "
-            f"prompt at this load, got {math.ceil(1000 * (request.deadline - request.arrival))}: the first token "
+            f"prompt at this load, got {round(1000 * (request.deadline - request.arrival))}: the first token "
             f"would come {late:.3g} s late",
             param="deadline_ms",
             retry_after=late,
         )
 
     def ended(self, request: Request, generated: int) -> None:
+        self._lengths.ended(request, generated)
         self._need.pop(request.number, None)
         self._late.discard(request.number)
 
-    def _ahead(self, rank: float, batch: Batch) -> int:
-        """Tokens to be computed before a request that has just come with `rank`."""
-        table = batch.table
+    # ---- what can be met -----------------------------------------------------------------------------------------
+
+    def _first_token(self, request: Request, need: int, batch: Batch) -> float | None:
+        """Seconds until the first token of a request that has just come and has `need` tokens to compute, if those
+        go first that stand before it; None while nothing is known."""
+        rank = self.rank(request)
+        ahead = [other for other in self._queue.requests() if other.rank <= rank]
         running = np.fromiter(batch.prefilling, np.int64, len(batch.prefilling))
-        chunks = int((table.planned[running] - table.computed[running]).sum())
-        waiting = sum(self._need.get(r.number, len(r.tokens)) for r in self._queue.requests() if r.rank <= rank)
-        return chunks + waiting
+        chunks = int((batch.table.planned[running] - batch.table.computed[running]).sum())
+        waiting = sum(self._need.get(other.number, len(other.tokens)) for other in ahead)
+        computing = self._seconds(chunks + waiting + need, batch)
+        alone = self._seconds(need, batch)
+        if computing is None or alone is None:
+            return None
+        blocks = sum(-(-len(other.tokens) // batch.block_size) for other in (*ahead, request))
+        room = self._until_room(blocks, len(ahead) + 1, batch)
+        # decode steps until there is room, made longer by the prompts that are computed beside them
+        rate = self.steps.prefill_rate
+        beside = 0.0 if rate is None else (chunks + waiting) / rate
+        return max(computing, room + beside + alone)
+
+    def _until_room(self, blocks: int, slots: int, batch: Batch) -> float:
+        """Seconds until running requests have given back what is missing to `blocks` and `slots`, if their outputs
+        are as long as those that ended lately."""
+        table = batch.table
+        blocks -= batch.pool.available + batch.fenced_blocks
+        slots -= len(batch.free_slots)
+        taken = np.flatnonzero(table.lease)
+        if (blocks <= 0 and slots <= 0) or not len(taken) or not self._lengths.enough:
+            return 0.0
+        generated = table.planned[taken] - table.prompt[taken]
+        steps = np.minimum(self._lengths.expected(generated), table.limit[taken] - table.planned[taken])
+        order = np.argsort(steps, kind="stable")
+        held = np.cumsum(table.capacity[taken[order]]) // batch.block_size
+        last = max(int(np.searchsorted(held, blocks)), slots - 1)
+        # what is missing to more than all of them comes with others like them
+        rounds = max(1.0, blocks / max(1, int(held[-1])), slots / len(taken))
+        wait = float(steps[order[min(last, len(taken) - 1)]]) * rounds
+        return wait * (self.steps.seconds(0, len(taken), int(table.computed.sum())) or 0.0)
 
     def _seconds(self, tokens: int, batch: Batch) -> float | None:
         """The least time in which `tokens` of prompts can be computed beside what runs."""

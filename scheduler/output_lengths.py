@@ -44,6 +44,15 @@ class OutputLengths:
         """Tokens of an average output; only where there are `enough`."""
         return self._total / len(self._lengths)
 
+    def expected(self, generated: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Tokens still to come of outputs that have `generated` [n] already: the mean of those that got further, less
+        what they have; one where none did."""
+        lengths = self.sorted()
+        count = len(lengths)
+        first = np.searchsorted(lengths, generated, side="right")
+        beyond = np.append(np.cumsum(lengths[::-1])[::-1], 0)[first] / np.maximum(count - first, 1)
+        return np.where(first < count, beyond - generated, 1.0)
+
     def sorted(self) -> NDArray[np.int64]:
         """The lengths, shortest first."""
         if self._sorted is None:

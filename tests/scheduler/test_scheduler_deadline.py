@@ -87,6 +87,24 @@ def test_the_time_that_is_told_is_one_at_which_the_deadline_can_be_met() -> None
     assert 10 not in harness.ends
 
 
+def test_the_wait_for_a_slot_counts_as_well_once_outputs_have_been_seen() -> None:
+    harness = taught(max_num_seqs=2)
+    for key in range(40):
+        harness.submit(1000 + key, [key] * 4, max_tokens=100)
+    harness.drain()
+    for key in (1, 2):
+        harness.submit(key, [key] * 20, max_tokens=100)
+    for _ in range(10):
+        harness.step()
+    # both slots are free again after some 90 steps of 11 ms, if these outputs are as long as the last ones
+    harness.submit(3, [3] * 20, max_tokens=4, deadline_ms=500)
+    harness.submit(4, [4] * 20, max_tokens=4, deadline_ms=1500)
+    assert 0.3 < (harness.ends[3].retry_after or 0.0) < 0.7
+    assert 4 not in harness.ends
+    harness.drain()
+    assert harness.ends[4].first_token - harness.ends[4].arrival <= 1.5
+
+
 def test_nothing_is_refused_before_the_model_has_seen_enough() -> None:
     harness = timed()
     harness.submit(1, [1] * 500, max_tokens=4, deadline_ms=1)
