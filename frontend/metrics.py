@@ -182,6 +182,9 @@ class Metrics:
             ("kv_blocks_free", "KV blocks that hold nothing.", s.free_blocks),
             ("kv_blocks_cached", "KV blocks kept for a prefix hit only.", s.cached_blocks),
             ("kv_blocks_used", "KV blocks that running requests hold.", s.used_blocks),
+            ("host_kv_blocks", "KV blocks that host memory has room for.", s.host_blocks),
+            ("host_kv_blocks_used", "Host KV blocks of preempted requests and of copies.", s.host_used_blocks),
+            ("host_kv_blocks_cached", "Host KV blocks kept for a prefix hit only.", s.host_cached_blocks),
             ("step_seconds", "Seconds on the device of the last step.", s.step_seconds),
         ):
             gauge = GaugeMetricFamily(PREFIX + name, text, labels=names)
@@ -204,7 +207,11 @@ class Metrics:
         for name, text, value in (
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", s.prefix_queries),
             ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", s.prefix_hits),
+            ("host_cache_hits", "Prompt tokens of prefix_cache_hits that came from host memory.", s.host_hits),
             ("num_preemptions", "Times that a running request was preempted.", s.preemptions),
+            ("num_swap_preemptions", "Preemptions that copied to host memory what was computed.", s.swap_preemptions),
+            ("swapped_out_blocks", "KV blocks copied from the device to the host.", s.swapped_out_blocks),
+            ("swapped_in_blocks", "KV blocks copied from the host to the device.", s.swapped_in_blocks),
             ("prompt_tokens", "Prompt tokens processed.", s.prompt_tokens),
             ("generation_tokens", "Tokens generated.", s.generation_tokens),
             ("iterations", "Steps of the device.", s.steps),

@@ -668,7 +668,19 @@ async def test_metrics_show_the_schedulers_figures_and_this_frontends_times(toke
         assert f"fast_inference:e2e_request_latency_seconds_sum{labels} 2.0" in page
         success = 'fast_inference:request_success_total{engine="0",finished_reason="length",model_name="double"} 1.0'
         assert success in page
-        for name in ("kv_cache_usage_perc", "num_preemptions_total", "cache_config_info", "prefix_cache_hits_total"):
+        for name in (
+            "kv_cache_usage_perc",
+            "num_preemptions_total",
+            "num_swap_preemptions_total",
+            "swapped_out_blocks_total",
+            "swapped_in_blocks_total",
+            "host_kv_blocks",
+            "host_kv_blocks_used",
+            "host_kv_blocks_cached",
+            "cache_config_info",
+            "prefix_cache_hits_total",
+            "host_cache_hits_total",
+        ):
             assert f"fast_inference:{name}{{" in page
 
 
