@@ -48,7 +48,12 @@ SHAPES = {
     "prefill 2048 behind 6144": Shape(1, 2048, 6144),
 }
 DECODE_TILES = [Tile(16, keys, warps, stages) for keys in (32, 64, 128) for warps in (2, 4, 8) for stages in (2, 4, 6)]
-PREFILL_TILES = [Tile(rows, keys, 8, stages) for rows in (64, 128) for keys in (32, 64, 128) for stages in (2, 3, 4)]
+PREFILL_TILES = [
+    Tile(rows, keys, warps, stages)
+    for rows, warps in ((64, 4), (128, 4), (128, 8))
+    for keys in (32, 64, 128)
+    for stages in (2, 3, 4)
+]
 
 
 def attention_cases(device: torch.device, dtype: torch.dtype, tune: bool) -> Iterator[Case]:
