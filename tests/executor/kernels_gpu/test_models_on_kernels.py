@@ -33,5 +33,5 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 def test_a_family_on_the_kernels_says_what_transformers_says(family: str, tmp_path: Path) -> None:
     reference = make_checkpoint(FAMILIES[family], tmp_path)
     prompts = [prompt(40, 1), prompt(1, 2)]
-    tokens = Sequences(load(tmp_path, TritonBackend())).generate(prompts, new=3, chunk=32)
-    assert tokens == [reference_tokens(reference, ids, 3) for ids in prompts]
+    tokens = Sequences(load(tmp_path, TritonBackend())).generate(prompts, new=2, chunk=32)
+    assert tokens == [reference_tokens(reference, ids, 2) for ids in prompts]
