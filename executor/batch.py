@@ -17,6 +17,7 @@ from ..protocol.errors import EngineError, StartupError
 from ..protocol.messages import Admit, Step
 from .sampling_columns import SamplingColumns
 from .slot_tensors import SlotTensors
+from .step_kernels import step_kernels
 from .transfer import Transfer
 
 Int = NDArray[np.int64]
@@ -62,7 +63,7 @@ class PersistentBatch:
         self.num_prompt = np.zeros(max_num_seqs, np.int64)
         self.blocks_held = np.zeros(max_num_seqs, np.int64)
         self.failed: dict[int, str] = {}  # slots that can't go on, with the reason, until they are retired
-        self.sampling = SamplingColumns(max_num_seqs, vocab_size)
+        self.sampling = SamplingColumns(max_num_seqs, vocab_size, step_kernels(transfer.device) is not None)
         try:
             # Zeros, since an entry that was never set must still name a block; not touched before it is used.
             self.tables = np.zeros((max_num_seqs + 1, self.row_blocks), np.int32)

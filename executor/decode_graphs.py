@@ -145,8 +145,8 @@ class DecodeGraphs:
         if choice is Choice.LOGITS:
             return self._logits[:size].copy_(logits)
         if choice is Choice.GREEDY:
-            tokens, best = greedy(logits)
+            tokens, best = greedy(logits, self._tensors.kernels)
         else:
-            tokens, best = drawn(logits, rows.lengths, self._tensors.draws(slots))
+            tokens, best = drawn(logits, rows.lengths, self._tensors.draws(slots), self._tensors.kernels)
         self._tensors.append(slots, rows.lengths, tokens)
         return pack(tokens, best)

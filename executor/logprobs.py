@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..protocol.messages import TopLogprobs
+from .step_kernels import StepKernels
 from .transfer import Transfer
 
 
@@ -31,18 +32,27 @@ class TopTensors:
         return TopTensors(*(transfer.down(t) for t in (self.own, self.ranks, self.ids, self.values)))
 
 
-def top_logprobs(logits: Tensor, tokens: Tensor, alternatives: int) -> TopTensors:
+def top_logprobs(logits: Tensor, tokens: Tensor, alternatives: int, kernels: StepKernels | None = None) -> TopTensors:
     """`logits` [N, V] float32, `tokens` [N] int64 -> their log-probabilities, with `alternatives` likeliest ones."""
+    if kernels is not None:
+        own, ranks, normalizer = kernels.chosen_logprobs(logits, tokens)
+    else:
+        own, ranks, normalizer = _chosen_logprobs(logits, tokens)
+    if alternatives:
+        values, ids = logits.topk(alternatives)
+    else:
+        values, ids = logits[:, :0], tokens[:, None][:, :0]
+    return TopTensors(own, ranks, ids, values - normalizer[:, None])
+
+
+def _chosen_logprobs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Own log-probability, rank, and what a row's logits lose to become log-probabilities; [N] each."""
     largest = logits.amax(-1, keepdim=True)
     normalizer = largest + (logits - largest).exp_().sum(-1, keepdim=True).log_()
     own = logits.gather(1, tokens[:, None])
     # Counted in floats, which a CPU does faster than in booleans; exact up to 2**24 tokens.
     ranks = torch.gt(logits, own, out=torch.empty_like(logits)).sum(-1) + 1
-    if alternatives:
-        values, ids = logits.topk(alternatives)
-    else:
-        values, ids = logits[:, :0], tokens[:, None][:, :0]
-    return TopTensors((own - normalizer)[:, 0], ranks, ids, values - normalizer)
+    return (own - normalizer)[:, 0], ranks, normalizer[:, 0]
 
 
 def on_wire(

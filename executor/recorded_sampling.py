@@ -14,17 +14,24 @@ from . import logits as edits
 from .random import stream_keys_tensor
 from .sampler import GROUP, best_tokens, draw
 from .slot_tensors import DrawColumns
+from .step_kernels import StepKernels
 
 
-def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+def greedy(logits: Tensor, kernels: StepKernels | None) -> tuple[Tensor, Tensor]:
     """`logits` [B, V] float32 -> tokens [B] int64 and the largest logits [B] float32."""
-    best, tokens = best_tokens(logits)
+    best, tokens = best_tokens(logits) if kernels is None else kernels.best_tokens(logits)
     return tokens, best
 
 
-def drawn(logits: Tensor, lengths: Tensor, columns: DrawColumns) -> tuple[Tensor, Tensor]:
+def drawn(logits: Tensor, lengths: Tensor, columns: DrawColumns, kernels: StepKernels | None) -> tuple[Tensor, Tensor]:
     """As `greedy`, with a draw where `columns` have a temperature. `lengths` [B] int64: where the new tokens will
-    stand, which the draws are a function of. No row may have a top_p below 1 without a top_k."""
+    stand, which the draws are a function of. Without `kernels`, no row may have a top_p below 1 without a top_k of at
+    most `logits.FEW`."""
+    if kernels is not None:
+        best, tokens = kernels.best_tokens(logits)
+        keys = kernels.stream_keys(columns.seed, lengths)
+        kernels.draw(logits, best, tokens, None, keys, columns.temperature, columns.top_k, columns.top_p, columns.min_p)
+        return tokens, best
     best, likeliest = best_tokens(logits)
     random = columns.temperature > 0
     temperature = torch.where(random, columns.temperature, 1.0)

@@ -17,6 +17,7 @@ from . import logits as edits
 from .logprobs import TopTensors, top_logprobs
 from .random import gumbel
 from .sampling_columns import Float, Int, PenaltyRows, RandomRows, SamplingRows, TokenLists
+from .step_kernels import StepKernels, step_kernels
 from .transfer import Transfer
 
 GROUP = 256  # tokens that share one first-stage draw; part of what a seed means, so it never changes
@@ -32,27 +33,29 @@ class Sampled:
 
 
 class Sampler:
-    """Chooses tokens on `transfer`'s device."""
+    """Chooses tokens on `transfer`'s device. `kernels`: to do it with; by default what that device has."""
 
-    def __init__(self, transfer: Transfer) -> None:
+    def __init__(self, transfer: Transfer, kernels: StepKernels | None = None) -> None:
         self._transfer = transfer
+        self._kernels = kernels or step_kernels(transfer.device)
 
     def sample(self, logits: Tensor, rows: SamplingRows, token_ids: Tensor) -> Sampled:
         """`logits` [R, V] float32, which this may overwrite; `token_ids` [slots, row_tokens]: all known tokens."""
-        best, tokens = best_tokens(logits) if not rows.changes_logits else (None, None)
+        find_best = best_tokens if self._kernels is None else self._kernels.best_tokens
+        best, tokens = find_best(logits) if not rows.changes_logits else (None, None)
         raw = None
         if rows.logprob_rows is not None:
             (asked,) = self._transfer.up(rows.logprob_rows)
             raw = logits.index_select(0, asked) if rows.changes_logits or len(asked) < len(logits) else logits
         if best is None or tokens is None:
             self._edit(logits, rows, token_ids)
-            best, tokens = best_tokens(logits)
+            best, tokens = find_best(logits)
         if rows.random is not None:
-            drawn_rows, drawn = self._draw(logits, best, rows.random)
-            tokens = tokens.index_copy(0, drawn_rows, drawn)
+            tokens = self._draw(logits, best, tokens, rows.random)
         if raw is None or rows.logprob_counts is None:
             return Sampled(tokens, best)
-        return Sampled(tokens, best, top_logprobs(raw, tokens.index_select(0, asked), int(rows.logprob_counts.max())))
+        chosen = tokens.index_select(0, asked)
+        return Sampled(tokens, best, top_logprobs(raw, chosen, int(rows.logprob_counts.max()), self._kernels))
 
     def _edit(self, logits: Tensor, rows: SamplingRows, token_ids: Tensor) -> None:
         if rows.allowed is not None:
@@ -61,7 +64,7 @@ class Sampler:
             edits.forbid(logits, *self._lists(rows.forbidden))
         if rows.bias is not None:
             pairs = self._transfer.up(rows.bias.rows, rows.bias.tokens, rows.bias.values)
-            edits.add_bias(logits, *pairs)
+            (edits.add_bias if self._kernels is None else self._kernels.add_bias)(logits, *pairs)
         if rows.penalties is not None:
             self._penalize(logits, rows.penalties, token_ids)
 
@@ -73,14 +76,23 @@ class Sampler:
         rows, slots, lengths, num_prompt, presence, frequency, repetition = self._transfer.up(
             p.rows, p.slots, p.lengths, p.num_prompt, p.presence, p.frequency, p.repetition
         )
-        history = token_ids[:, : int(p.lengths.max())].index_select(0, slots).to(torch.int64)
+        longest = int(p.lengths.max())
+        if self._kernels is not None:
+            self._kernels.penalize(
+                logits, rows, token_ids, slots, longest, lengths, num_prompt, presence, frequency, repetition
+            )
+            return
+        history = token_ids[:, :longest].index_select(0, slots).to(torch.int64)
         edits.penalize(logits, rows, history, lengths, num_prompt, presence, frequency, repetition)
 
-    def _draw(self, logits: Tensor, best: Tensor, r: RandomRows) -> tuple[Tensor, Tensor]:
-        """Tokens for the rows that are not greedy: (rows [D], tokens [D])."""
+    def _draw(self, logits: Tensor, best: Tensor, tokens: Tensor, r: RandomRows) -> Tensor:
+        """`tokens` [R], with others for the rows that are not greedy."""
         rows, keys, temperature, top_k, top_p, min_p = self._transfer.up(
             r.rows, r.keys, r.temperature, r.top_k, r.top_p, r.min_p
         )
+        if self._kernels is not None:
+            self._kernels.draw(logits, best, tokens, rows, keys, temperature, top_k, top_p, min_p)
+            return tokens
         vocab = logits.shape[1]
         chosen = logits if len(rows) == len(logits) else logits.index_select(0, rows)
         weights = (chosen - best.index_select(0, rows)[:, None]).div_(temperature[:, None]).exp_()
@@ -95,7 +107,7 @@ class Sampler:
                 weights.index_copy_(0, where, part)
         if vocab % GROUP:
             weights = torch.nn.functional.pad(weights, (0, GROUP - vocab % GROUP))
-        return rows, draw(weights, keys).clamp_(max=vocab - 1)
+        return tokens.index_copy(0, rows, draw(weights, keys).clamp_(max=vocab - 1))
 
     def _sizes(self, top_k: Int, top_p: Float, vocab: int) -> list[int]:
         """How many of the likeliest tokens to look at, in turn. A GPU, which must not wait for the host to see

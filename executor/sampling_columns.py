@@ -26,7 +26,7 @@ class Choice(IntEnum):
     """What the rows of a decode step need, the least first: a recorded step does what its most demanding row needs."""
 
     GREEDY = 0  # the largest logit
-    DRAW = 1  # a draw, cut by min_p and by a top_k of at most `logits.FEW`, with or without top_p
+    DRAW = 1  # a draw, cut by min_p and by a top_k of at most `logits.FEW`, with or without top_p; or by anything
     LOGITS = 2  # anything else: the recorded step ends with its logits, for `sampler.py`
 
 
@@ -87,8 +87,10 @@ PLAIN = SamplingRows()
 class SamplingColumns:
     """Sampling parameters of all slots."""
 
-    def __init__(self, slots: int, vocab_size: int) -> None:
+    def __init__(self, slots: int, vocab_size: int, any_cut: bool = False) -> None:
+        """`any_cut`: a recorded draw may be cut in any way."""
         self.vocab_size = vocab_size
+        self._any_cut = any_cut
         self.choice = np.full(slots, Choice.GREEDY, np.int8)
         self.temperature = np.zeros(slots, np.float32)
         self.top_k = np.zeros(slots, np.int64)
@@ -178,7 +180,7 @@ class SamplingColumns:
             return Choice.LOGITS
         if self.temperature[slot] == 0:
             return Choice.GREEDY
-        few = (self.top_k[slot] == 0 and self.top_p[slot] >= 1) or 0 < self.top_k[slot] <= FEW
+        few = self._any_cut or (self.top_k[slot] == 0 and self.top_p[slot] >= 1) or 0 < self.top_k[slot] <= FEW
         return Choice.DRAW if few else Choice.LOGITS
 
     def _penalty_rows(self, slots: Int, lengths: Int, num_prompt: Int) -> PenaltyRows | None:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .step_kernels import step_kernels
 from .transfer import Transfer
 
 Int = NDArray[np.int64]
@@ -59,6 +60,7 @@ class SlotTensors:
         self._block_size = block_size
         self._row_blocks = tables.shape[1]
         self._transfer = transfer
+        self.kernels = step_kernels(device)
         self.token_ids = torch.empty((slots + 1, row_tokens), dtype=torch.int32, device=device)
         self.token_ids[self.scratch, 0] = 0
         self.lengths = torch.ones(slots + 1, dtype=torch.int64, device=device)
@@ -95,6 +97,10 @@ class SlotTensors:
 
     def gather(self, slots: Tensor) -> DecodeRows:
         """The rows of a decode step of `slots` [B] int64. Asks the host nothing: it may be recorded."""
+        if self.kernels is not None:
+            return DecodeRows(
+                *self.kernels.gather(slots, self.token_ids, self.lengths, self.block_tables, self._block_size)
+            )
         lengths = self.lengths.index_select(0, slots)
         positions = lengths - 1
         tables = self.block_tables.index_select(0, slots)
@@ -117,6 +123,9 @@ class SlotTensors:
 
     def append(self, slots: Tensor, lengths: Tensor, tokens: Tensor) -> None:
         """Make `tokens` [R] int64 the next ones of `slots` [R], which know `lengths` [R] tokens. May be recorded."""
+        if self.kernels is not None:
+            self.kernels.append(slots, lengths, tokens, self.token_ids, self.lengths, self.scratch)
+            return
         self.token_ids.view(-1).index_copy_(0, slots * self.row_tokens + lengths, tokens.to(torch.int32))
         self.lengths.index_copy_(0, slots, lengths + 1)
         self.lengths[self.scratch :].fill_(1)

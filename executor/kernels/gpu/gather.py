@@ -1,81 +1,72 @@
-"""Where the rows of a decode step stand, found on the device from each slot's own state.
+"""The two ends of a decode step on the device: what its rows are, and what they have become.
 
-Owns the kernel that reads slots' last tokens, positions and KV slots, and the one that writes sampled tokens back
-and makes slots one longer; must not know who owns a slot. With both in a CUDA graph, a decode step in which nothing
-changes needs no copy from the host.
+Owns the kernels behind `SlotTensors.gather` and `SlotTensors.append`; must not know who owns a slot. Each is one launch
+where single operations would be a dozen, which a recorded step of a small model would feel.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class DecodeRows:
-    """B rows, each with its newest known token to compute."""
-
-    token_ids: Tensor  # [B] int64
-    positions: Tensor  # [B] int64
-    slot_mapping: Tensor  # [B] int64
-    seq_lens: Tensor  # [B] int32
+TABLE_TILE = 1024  # entries of a block table that one program copies
 
 
-def decode_rows(slots: Tensor, token_ids: Tensor, lengths: Tensor, block_tables: Tensor, block_size: int) -> DecodeRows:
-    """The rows of `slots` [B] (int32 or int64), of which slot s knows `lengths[s]` (at least 1) tokens.
+def gather(
+    slots: Tensor, token_ids: Tensor, lengths: Tensor, block_tables: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The newest known tokens of `slots` [B] int64, of which slot s knows `lengths[s]` (at least 1).
 
-    `token_ids` [S, row_tokens] int32, `lengths` [S] int32 or int64, `block_tables` [S, blocks] int32.
+    `token_ids` [S, row_tokens] int32, `lengths` [S] int64, `block_tables` [S, max_blocks] int32. Returns lengths, token
+    ids, positions and slot mapping, [B] int64 each; the slots' block tables [B, max_blocks] int32; lengths [B] int32.
     """
-    count = slots.shape[0]
-    rows = torch.empty((3, count), dtype=torch.int64, device=slots.device)
+    count, width = len(slots), block_tables.shape[1]
+    rows = torch.empty((4, count), dtype=torch.int64, device=slots.device)
+    tables = torch.empty((count, width), dtype=torch.int32, device=slots.device)
     seq_lens = torch.empty(count, dtype=torch.int32, device=slots.device)
     if count:
-        _decode_rows[(count,)](
-            slots,
-            token_ids,
-            lengths,
-            block_tables,
-            rows,
-            seq_lens,
-            token_ids.stride(0),
-            block_tables.stride(0),
-            block_size,
-            num_warps=1,
-        )
-    return DecodeRows(rows[0], rows[1], rows[2], seq_lens)
+        _gather[(count, triton.cdiv(width, TABLE_TILE))](
+            slots, token_ids, lengths, block_tables, rows, tables, seq_lens,
+            token_ids.stride(0), block_tables.stride(0), width, block_size, TILE=TABLE_TILE, num_warps=4,
+        )  # fmt: skip
+    known, tokens, positions, slot_mapping = rows
+    return known, tokens, positions, slot_mapping, tables, seq_lens
 
 
-def write_back(slots: Tensor, sampled: Tensor, token_ids: Tensor, lengths: Tensor) -> None:
-    """Make `sampled` [B] int64 the newest tokens of `slots` [B] in `token_ids` [S, row_tokens] int32, whose `lengths`
-    [S] grow by one; never beyond a row, so that a scratch slot for padding may be named again and again."""
-    if slots.shape[0]:
-        _write_back[(slots.shape[0],)](
-            slots, sampled, token_ids, lengths, token_ids.stride(0), token_ids.shape[1], num_warps=1
-        )
+def append(slots: Tensor, known: Tensor, tokens: Tensor, token_ids: Tensor, lengths: Tensor, scratch: int) -> None:
+    """Write `tokens` [R] int64 behind the `known` [R] int64 tokens of `slots` [R] int64 in `token_ids` [S, row_tokens]
+    int32, and make the slots' `lengths` [S] int64 one longer, but for the slot `scratch`, whose length stays 1."""
+    if len(slots):
+        _append[(len(slots),)](slots, known, tokens, token_ids, lengths, token_ids.stride(0), scratch, num_warps=1)
 
 
 @triton.jit
-def _decode_rows(slots, token_ids, lengths, block_tables, rows, seq_lens, row_tokens, row_blocks, block_size):
+def _gather(
+    slots, token_ids, lengths, block_tables, rows, tables, seq_lens, row_tokens, row_blocks, width, block_size,
+    TILE: tl.constexpr,
+):  # fmt: skip
     row, count = tl.program_id(0), tl.num_programs(0)
-    slot = tl.load(slots + row).to(tl.int64)
-    length = tl.load(lengths + slot)
-    position = length.to(tl.int64) - 1
-    block = tl.load(block_tables + slot * row_blocks + position // block_size).to(tl.int64)
-    tl.store(rows + row, tl.load(token_ids + slot * row_tokens + position).to(tl.int64))
-    tl.store(rows + count + row, position)
-    tl.store(rows + 2 * count + row, block * block_size + position % block_size)
-    tl.store(seq_lens + row, length.to(tl.int32))
+    slot = tl.load(slots + row)
+    table = block_tables + slot * row_blocks
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    target = tables + row.to(tl.int64) * width + column
+    tl.store(target, tl.load(table + column, column < width, 0), column < width)
+    if tl.program_id(1) == 0:
+        length = tl.load(lengths + slot)
+        position = length - 1
+        block = tl.load(table + position // block_size).to(tl.int64)
+        tl.store(rows + row, length)
+        tl.store(rows + count + row, tl.load(token_ids + slot * row_tokens + position).to(tl.int64))
+        tl.store(rows + 2 * count + row, position)
+        tl.store(rows + 3 * count + row, block * block_size + position % block_size)
+        tl.store(seq_lens + row, length.to(tl.int32))
 
 
 @triton.jit
-def _write_back(slots, sampled, token_ids, lengths, row_tokens, most):
+def _append(slots, known, tokens, token_ids, lengths, row_tokens, scratch):
     row = tl.program_id(0)
-    slot = tl.load(slots + row).to(tl.int64)
-    length = tl.load(lengths + slot)
-    place = tl.minimum(length, most - 1).to(tl.int64)
-    tl.store(token_ids + slot * row_tokens + place, tl.load(sampled + row).to(tl.int32))
-    tl.store(lengths + slot, tl.minimum(length + 1, most))
+    slot, length = tl.load(slots + row), tl.load(known + row)
+    tl.store(token_ids + slot * row_tokens + length, tl.load(tokens + row).to(tl.int32))
+    tl.store(lengths + slot, tl.where(slot == scratch, 1, length + 1))

@@ -43,19 +43,20 @@ def draw(
     logits: Tensor,
     best: Tensor,
     tokens: Tensor,
-    rows: Tensor,
+    rows: Tensor | None,
     keys: Tensor,
     temperature: Tensor,
     top_k: Tensor,
     top_p: Tensor,
     min_p: Tensor,
 ) -> None:
-    """Put a token drawn at random into `tokens` [R] int64 for each of `rows` [D] int64 whose temperature is not 0.
+    """Put a token drawn at random into `tokens` [R] int64 for each of `rows` [D] int64 (None: all, D is R) whose
+    temperature is not 0.
 
     `logits` [R, V] float32, `best` [R] as `best_tokens` found it; `keys` [D] int64: what the noise is a function of,
     together with the token; `temperature`, `top_p`, `min_p` [D] float32, `top_k` [D] int64 (0: all).
     """
-    count, vocab = len(rows), logits.shape[1]
+    count, vocab = len(keys), logits.shape[1]
     if not count:
         return
     groups = triton.cdiv(vocab, GROUP)
@@ -63,12 +64,13 @@ def draw(
     order = torch.empty((count, groups), dtype=torch.int32, device=logits.device)
     _group_weights[(count, triton.cdiv(groups, GROUP_TILE))](
         logits, best, rows, temperature, maxima, sums, vocab, groups, logits.stride(0),
-        GROUP=GROUP, TILE=GROUP_TILE, num_warps=4,
+        ALL=rows is None, GROUP=GROUP, TILE=GROUP_TILE, num_warps=4,
     )  # fmt: skip
     pad = max(2, triton.next_power_of_2(groups))
     _draw[(count,)](
         logits, best, tokens, rows, keys, temperature, top_k, top_p, min_p, maxima, sums, order,
-        vocab, groups, logits.stride(0), GROUP=GROUP, PAD=pad, TILE=min(pad, SEARCH_TILE), num_warps=32,
+        vocab, groups, logits.stride(0),
+        ALL=rows is None, GROUP=GROUP, PAD=pad, TILE=min(pad, SEARCH_TILE), num_warps=32,
     )  # fmt: skip
 
 
@@ -108,13 +110,14 @@ def _merge_best(tile_best, tile_token, best, tokens, tiles, vocab, PAD: tl.const
 
 @triton.jit
 def _group_weights(
-    logits, best, rows, temperature, maxima, sums, vocab, groups, row_stride, GROUP: tl.constexpr, TILE: tl.constexpr
-):
+    logits, best, rows, temperature, maxima, sums, vocab, groups, row_stride,
+    ALL: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """The largest weight and the sum of each group of neighbours."""
     place = tl.program_id(0)
     heat = tl.load(temperature + place)
     if heat > 0:
-        row = tl.load(rows + place)
+        row = place.to(tl.int64) if ALL else tl.load(rows + place)
         group = tl.program_id(1) * TILE + tl.arange(0, TILE)
         token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         inside = token < vocab
@@ -128,12 +131,13 @@ def _group_weights(
 @triton.jit
 def _draw(
     logits, best, tokens, rows, keys, temperature, top_k, top_p, min_p, maxima, sums, order, vocab, groups, row_stride,
-    GROUP: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr,
+    ALL: tl.constexpr, GROUP: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0)
     heat = tl.load(temperature + place)
     if heat > 0:
-        row, key = tl.load(rows + place), tl.load(keys + place)
+        row = place.to(tl.int64) if ALL else tl.load(rows + place)
+        key = tl.load(keys + place)
         k, p, least_share = tl.load(top_k + place), tl.load(top_p + place), tl.load(min_p + place)
         largest = tl.load(best + row)
         logits += row * row_stride

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 from fast_inference.executor.backends.base import KVLayer, StepBatch
 from fast_inference.executor.backends.torch import TorchBackend
-from fast_inference.executor.kernels.gpu.gather import decode_rows, write_back
 from fast_inference.executor.kernels.gpu.norm import add_rms_norm, rms_norm
 from fast_inference.executor.kernels.gpu.rope import rope_and_cache, write_kv
 from fast_inference.executor.kernels.gpu.silu import silu_mul
+from fast_inference.executor.slot_tensors import SlotTensors
+from fast_inference.executor.step_kernels import step_kernels_unchecked
+from fast_inference.executor.transfer import Transfer
 from torch import Tensor
 
 REFERENCE = TorchBackend()
@@ -164,41 +167,26 @@ def test_keys_and_values_are_written_as_they_are(device: torch.device) -> None:
         assert torch.equal(mine_part.nan_to_num(9.0), wanted.nan_to_num(9.0))
 
 
-@pytest.mark.parametrize("lengths_dtype", (torch.int32, torch.int64))
-def test_decode_rows_are_read_and_written_where_their_slots_stand(
-    lengths_dtype: torch.dtype, device: torch.device
-) -> None:
-    block_size, row_tokens = 4, 13
+def test_slots_are_gathered_and_moved_on_as_torch_does_it(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(3)
-    token_ids = torch.randint(0, 1000, (6, row_tokens), dtype=torch.int32, generator=generator).to(device)
-    tables = torch.randint(0, 99, (6, 3), dtype=torch.int32, generator=generator).to(device)
-    lengths = torch.tensor([1, 4, 5, 12, 8, 9], dtype=lengths_dtype, device=device)
-    slots = torch.tensor([5, 0, 3, 1], dtype=torch.int32, device=device)
-    rows = decode_rows(slots, token_ids, lengths, tables, block_size)
-    for i, slot in enumerate(slots.tolist()):
-        position = int(lengths[slot]) - 1
-        assert int(rows.token_ids[i]) == int(token_ids[slot, position])
-        assert int(rows.positions[i]) == position
-        assert int(rows.slot_mapping[i]) == int(tables[slot, position // 4]) * 4 + position % 4
-        assert int(rows.seq_lens[i]) == position + 1
-    assert (rows.token_ids.dtype, rows.slot_mapping.dtype, rows.seq_lens.dtype) == (
-        torch.int64,
-        torch.int64,
-        torch.int32,
-    )
-    before, known = token_ids.clone(), lengths.clone()
-    sampled = torch.tensor([7, 8, 9, 10], device=device)
-    write_back(slots, sampled, token_ids, lengths)
-    for i, slot in enumerate(slots.tolist()):
-        before[slot, known[slot]] = sampled[i].int()
-        known[slot] += 1
-    assert torch.equal(token_ids, before)
-    assert torch.equal(lengths, known)
-
-
-def test_a_slot_at_its_end_grows_no_further(device: torch.device) -> None:
-    token_ids = torch.zeros((2, 5), dtype=torch.int32, device=device)
-    lengths = torch.tensor([5, 2], dtype=torch.int32, device=device)
-    write_back(torch.zeros(3, dtype=torch.int32, device=device), torch.full((3,), 6, device=device), token_ids, lengths)
-    assert lengths.tolist() == [5, 2]
-    assert token_ids.tolist() == [[0, 0, 0, 0, 6], [0] * 5]
+    tables = torch.randint(0, 99, (7, 3), dtype=torch.int32, generator=generator)
+    pair = []
+    for kernels in (step_kernels_unchecked(), None):
+        tensors = SlotTensors(6, 13, tables.numpy().copy(), 4, Transfer(torch.device("cpu")))
+        tensors.kernels = kernels
+        tensors.token_ids.copy_(torch.randint(0, 1000, (7, 13), generator=torch.Generator().manual_seed(4)))
+        tensors.lengths.copy_(torch.tensor([1, 4, 5, 12, 8, 9, 1]))
+        tensors.token_ids, tensors.lengths = tensors.token_ids.to(device), tensors.lengths.to(device)
+        tensors.block_tables = tensors.block_tables.to(device)
+        pair.append(tensors)
+    for slots in ([5, 0, 3, 1], [2], [4, 6, 6]):
+        where = torch.tensor(slots, device=device)
+        mine, expected = (tensors.gather(where) for tensors in pair)
+        for field in fields(expected):
+            part, wanted = getattr(mine, field.name), getattr(expected, field.name)
+            assert part.dtype is wanted.dtype
+            assert torch.equal(part, wanted), field.name
+        for tensors in pair:
+            tensors.append(where, expected.lengths, torch.arange(7, 7 + len(slots), device=device))
+        assert torch.equal(pair[0].lengths, pair[1].lengths)
+        assert torch.equal(pair[0].token_ids[:6], pair[1].token_ids[:6])

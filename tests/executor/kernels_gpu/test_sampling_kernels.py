@@ -59,8 +59,7 @@ def by_torch(logits: Tensor, rows: RandomRows) -> list[int]:
     if not len(drawn):
         return tokens.tolist()
     some = RandomRows(*(a[drawn] for a in (rows.rows, rows.keys, rows.temperature, rows.top_k, rows.top_p, rows.min_p)))
-    where, wanted = Sampler(Transfer(torch.device("cpu")))._draw(logits, best, some)
-    return tokens.index_copy(0, where, wanted).tolist()
+    return Sampler(Transfer(torch.device("cpu")))._draw(logits, best, tokens, some).tolist()
 
 
 def normal(rows: int, vocab: int, seed: int) -> Tensor:

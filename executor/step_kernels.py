@@ -1,0 +1,89 @@
+"""The kernels of a step around the model's own: gathering its rows, choosing tokens, moving slots on.
+
+Owns which they are and whether they are to be had on a device; must not know how they compute
+(`executor/kernels/gpu`), nor the order of things (`sampler.py`, `recorded_sampling.py`, `slot_tensors.py`). On a CPU
+there are none; and where the ones for a GPU can't be had, or disagree with torch, torch's operations do it all.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .random import stream_keys_tensor
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StepKernels:
+    """As the functions of these names in `executor/kernels/gpu` say."""
+
+    gather: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
+    append: Callable[..., None]
+    stream_keys: Callable[[Tensor, Tensor], Tensor]
+    best_tokens: Callable[[Tensor], tuple[Tensor, Tensor]]
+    draw: Callable[..., None]
+    penalize: Callable[..., None]
+    add_bias: Callable[..., None]
+    chosen_logprobs: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+@functools.cache
+def step_kernels(device: torch.device) -> StepKernels | None:
+    """Those for `device`, compiled and tried out once; None, with the reason logged, where torch has to do."""
+    if device.type != "cuda":
+        return None
+    try:
+        from triton.errors import TritonError
+    except ImportError as error:
+        log.warning("tokens are chosen by torch, which is slower: triton can't be imported: %s", error)
+        return None
+    try:
+        kernels = step_kernels_unchecked()
+        problem = _disagreement(kernels, device)
+    except (TritonError, RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+        problem = f"a kernel can't be run: {type(error).__name__}: {error}"
+    if problem is not None:
+        log.warning("tokens are chosen by torch, which is slower: %s", problem)
+        return None
+    return kernels
+
+
+def step_kernels_unchecked() -> StepKernels:
+    """All of them, for any device that triton can run on. Raises `ImportError` without triton."""
+    from .kernels.gpu import gather, logprobs, noise, penalties, sampling
+
+    return StepKernels(
+        gather=gather.gather,
+        append=gather.append,
+        stream_keys=noise.stream_keys,
+        best_tokens=sampling.best_tokens,
+        draw=sampling.draw,
+        penalize=penalties.penalize,
+        add_bias=penalties.add_bias,
+        chosen_logprobs=logprobs.chosen_logprobs,
+    )
+
+
+def _disagreement(kernels: StepKernels, device: torch.device) -> str | None:
+    """What the choice of some tokens shows to be wrong, if anything: the noise and the cut, against torch's."""
+    vocab = 1000
+    logits = 3 * torch.randn((4, vocab), generator=torch.Generator().manual_seed(0)).to(device)
+    numbers = torch.arange(4, device=device)
+    keys = kernels.stream_keys(numbers, numbers + 5)
+    if not torch.equal(keys, stream_keys_tensor(numbers, numbers + 5)):
+        return "the generator's numbers differ"
+    best, tokens = kernels.best_tokens(logits)
+    if not torch.equal(best, logits.amax(-1)) or not torch.equal(tokens, logits.argmax(-1)):
+        return "the largest logits differ"
+    temperature, top_k = torch.ones(4, device=device), torch.full((4,), 9, device=device)
+    kernels.draw(logits, best, tokens, numbers, keys, temperature, top_k, temperature, torch.zeros_like(best))
+    likeliest = logits.topk(9).indices
+    return None if bool((likeliest == tokens[:, None]).any(-1).all()) else "a token is drawn beyond its top-k"
