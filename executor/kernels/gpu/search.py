@@ -47,8 +47,8 @@ def load_groups(logits, order, first, active, vocab, best, temperature, GROUP: t
 
 @triton.jit
 def _measure(
-    logits, order, active, low, middle, vocab, best, temperature,
-    MASS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
+    logits, order, active, low, middle, by_mass, vocab, best, temperature,
+    GROUP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Of the weights above `middle`: their sum or number, and the smallest; of those above `low` and not above
     `middle`: the largest, or -1. Bits of weights, but for the sum (float64)."""
@@ -59,10 +59,7 @@ def _measure(
         _, weight = load_groups(logits, order, first, active, vocab, best, temperature, GROUP, TILE)
         bits = weight.to(tl.int32, bitcast=True)
         over = bits > middle
-        if MASS:
-            amount += tl.where(over, weight, 0.0).to(tl.float64)
-        else:
-            amount += over.to(tl.float64)
+        amount += tl.where(over, tl.where(by_mass, weight, 1.0), 0.0).to(tl.float64)
         above = tl.minimum(above, tl.where(over, bits, NEVER))
         below = tl.maximum(below, tl.where((bits > low) & (bits <= middle), bits, -1))
     return tl.sum(tl.sum(amount, 1), 0), tl.min(tl.min(above, 1), 0), tl.max(tl.max(below, 1), 0)
@@ -70,17 +67,20 @@ def _measure(
 
 @triton.jit
 def _smallest(
-    logits, order, active, low, high, wanted, vocab, best, temperature,
-    MASS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
+    logits, order, active, low, high, wanted, by_mass, vocab, best, temperature,
+    GROUP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The smallest weight in (`low`, `high`] such that the weights above it amount to less than `wanted`; all as bits.
+    """The smallest weight in (`low`, `high`] such that the weights above it, summed up `by_mass` or counted, amount to
+    less than `wanted`; all as bits.
 
     `high` is the largest weight, `order` [active] holds the groups that may have one above `low`. Both ends move to
     weights that are there, so that one is left in the end, after some ten rounds; 31 are always enough.
     """
     while low + 1 < high:
         middle = low + (high - low) // 2
-        amount, above, below = _measure(logits, order, active, low, middle, vocab, best, temperature, MASS, GROUP, TILE)
+        amount, above, below = _measure(
+            logits, order, active, low, middle, by_mass, vocab, best, temperature, GROUP, TILE
+        )
         if amount >= wanted:
             low = above - 1
         elif below >= 0:
@@ -116,20 +116,20 @@ def least_kept(
     """
     floor = min_p.to(tl.int32, bitcast=True)
     high = tl.max(maxima, 0)
-    if top_k > 0:
-        # The largest of each of k groups are k weights, so the k-th largest of all is no smaller than the k-th of them.
-        floor = tl.maximum(floor, _kth_largest(maxima, top_k))
-        active = list_groups(maxima, floor, order, PAD)
-        floor = _smallest(
-            logits, order, active, floor - 1, high, top_k.to(tl.float64), vocab, best, temperature, False, GROUP, TILE
-        )
-    least = floor
-    if top_p < 1.0:
-        active = list_groups(maxima, floor, order, PAD)
-        total = _kept_mass(logits, order, active, floor, top_k, vocab, best, temperature, GROUP, TILE)
-        wanted = top_p.to(tl.float64) * total
-        least = _smallest(logits, order, active, floor - 1, high, wanted, vocab, best, temperature, True, GROUP, TILE)
-    return least
+    for by_mass in range(2):  # one search, whose code is long, for the cut of top-k and then for that of top-p
+        if ((by_mass == 0) & (top_k > 0)) | ((by_mass == 1) & (top_p < 1.0)):
+            if by_mass == 0:
+                # The largest of each of k groups are k weights: the k-th largest of all is no smaller than theirs.
+                floor = tl.maximum(floor, _kth_largest(maxima, top_k))
+            active = list_groups(maxima, floor, order, PAD)
+            wanted = top_k.to(tl.float64)
+            if by_mass == 1:
+                total = _kept_mass(logits, order, active, floor, top_k, vocab, best, temperature, GROUP, TILE)
+                wanted = top_p.to(tl.float64) * total
+            floor = _smallest(
+                logits, order, active, floor - 1, high, wanted, by_mass == 1, vocab, best, temperature, GROUP, TILE
+            )
+    return floor
 
 
 @triton.jit
