@@ -24,8 +24,16 @@ DTYPE = torch.bfloat16
 def sections() -> dict[str, Callable[[torch.device, torch.dtype, bool], Iterator[Case]]]:
     """Name -> what makes its cases on a device, in a dtype, with or without other tile shapes. Imports triton."""
     from kernels_attention import attention_cases
+    from kernels_linear import linear_cases
+    from kernels_pointwise import pointwise_cases
+    from kernels_sampling import sampling_cases
 
-    return {"attention": attention_cases}
+    return {
+        "attention": attention_cases,
+        "linear": linear_cases,
+        "pointwise": pointwise_cases,
+        "sampling": sampling_cases,
+    }
 
 
 def run(case: Case, ceilings: Ceilings, check: bool) -> dict[str, Any]:
@@ -35,11 +43,11 @@ def run(case: Case, ceilings: Ceilings, check: bool) -> dict[str, Any]:
     try:
         seconds = seconds_per_launch(case.launches)
     except OutOfResources as error:
-        print(f"{case.name:44} does not fit: {error}", flush=True)
+        print(f"{case.name:50} does not fit: {error}", flush=True)
         return {"name": case.name, "does_not_fit": str(error)}
     line = figures(case, seconds, ceilings)
     text = (
-        f"{line['name']:44} {line['microseconds']:10.1f} us {line['bytes_per_second'] / 1e12:6.2f} TB/s "
+        f"{line['name']:50} {line['microseconds']:10.1f} us {line['bytes_per_second'] / 1e12:6.2f} TB/s "
         f"{line['operations_per_second'] / 1e12:6.0f} TFLOP/s {line['share']:6.1%} of {line['bound']}"
     )
     if check:
@@ -52,7 +60,7 @@ def run(case: Case, ceilings: Ceilings, check: bool) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="one section of it: attention")
+    parser.add_argument("--only", help="one section of it: attention, linear, pointwise or sampling")
     parser.add_argument("--check", action="store_true", help="compare each result with the torch reference")
     parser.add_argument("--tune", action="store_true", help="every shape with other tile shapes too")
     parser.add_argument("--json", type=Path, help="write the measurements to this file as well")

@@ -38,6 +38,29 @@ def test_a_case_of_attention_gives_what_its_reference_gives(
     assert case.operations == rows * seen * 4 * 4 * 16
 
 
+def test_cases_of_other_kernels_give_what_their_references_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    import device_timing
+    import kernels_linear
+    import kernels_pointwise
+    import kernels_sampling
+    from fast_inference.executor.kernels.gpu.linear import Plan
+    from fast_inference.executor.kernels.gpu.linear_table import LinearTable, Product
+
+    monkeypatch.setattr(device_timing, "BEYOND_L2", 1)
+    sizes = kernels_pointwise.Sizes(hidden=48, inner=40, heads=4, kv_heads=2, head_size=16, normed=True)
+    cases = list(kernels_pointwise.make_cases("tiny", sizes, 3, DEVICE, torch.float32))
+    assert [case.size for case in cases] == [4 * 3 * 48 * 4, 3 * 3 * 40 * 4, 2 * 3 * 8 * 16 * 4]
+    wishes = kernels_sampling.WISHES.values()
+    cases += [kernels_sampling.make_case("tiny", 2, 500, wish, DEVICE) for wish in wishes]
+    plan = Plan(rows=16, outs=16, ins=16, splits=1, stages=2, warps=4)
+    for operation in ("linear", "linear_silu_mul", "linear_add_norm"):
+        layer = kernels_linear.Layer(operation, 32, 48)
+        table = LinearTable({Product(operation, 4, 32, 48, "float16"): plan})
+        cases.append(kernels_linear.make_case("tiny", layer, 3, table, DEVICE, torch.float16))
+    for case in cases:
+        assert device_timing.largest_difference(case) < 1e-2, case
+
+
 def test_the_share_is_of_the_ceiling_that_binds() -> None:
     from device_timing import Case, Ceilings, figures
 
@@ -56,7 +79,8 @@ def test_small_cases_walk_over_buffers_that_outgrow_the_cache() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_device_it_says_so_and_exits_with_1() -> None:
-    command = [sys.executable, str(BENCHMARKS / "kernels.py")]
+@pytest.mark.parametrize("script", ("kernels.py", "tune_linear.py"))
+def test_without_a_device_it_says_so_and_exits_with_1(script: str) -> None:
+    command = [sys.executable, str(BENCHMARKS / script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "no CUDA device" in done.stdout, done.stderr

@@ -58,12 +58,12 @@ def candidates(product: Product, processors: int) -> list[Plan]:
     rows = max(16, min(product.rows, 128))
     width = product.outs // 2 if gate else product.outs
     plans = []
-    for outs, ins in itertools.product((32, 64, 128), (64, 128, 256)):
+    for outs, ins in itertools.product((32, 64, 128), (64, 128)):
         stages = min(6, SHARED_BYTES // (((2 if gate else 1) * outs + rows) * ins * 2))
-        if stages < 2 or ins > product.ins:
+        programs = -(-product.rows // rows) * -(-width // outs)
+        if stages < 2 or ins > product.ins or (outs == 32 and programs > 4 * processors):
             continue
         warps = 8 if outs == 128 and rows >= 64 else 4
-        programs = -(-product.rows // rows) * -(-width // outs)
         plans.append(Plan(rows, outs, ins, 1, stages, warps))
         for splits in (2, 4, 8):
             if not gate and product.ins // splits >= 4 * ins and programs * splits <= 4 * processors:
