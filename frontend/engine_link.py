@@ -12,9 +12,21 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..protocol.errors import EngineDead, EngineError, Overloaded, ProtocolError
-from ..protocol.messages import Abort, Attach, EngineInfo, GetStats, Message, Stats, TextBatch
+from ..protocol.messages import (
+    Abort,
+    Attach,
+    EngineInfo,
+    GetStats,
+    GetTimeline,
+    Message,
+    SequenceTimeline,
+    Stats,
+    TextBatch,
+    Timeline,
+)
 from .metrics import Metrics
 from .stream import Stream
 from .submission import Request, check_request, submits
@@ -78,7 +90,7 @@ class EngineLink:
         self._aborts: list[int] = []
         self._flush_due = False
         self._tokens = 0
-        self._asked: dict[int, asyncio.Future[Stats]] = {}
+        self._asked: dict[int, asyncio.Future[Any]] = {}  # by token: who waits for a `Stats` or a `Timeline`
         self._attached = False
 
     # ---- requests ----------------------------------------------------------------------------------------------
@@ -147,15 +159,20 @@ class EngineLink:
         """Handler of the link from the scheduler."""
         if isinstance(message, Stats):
             self.pulse.take(message, time.monotonic())
-            waiting = self._asked.pop(message.token, None)
-            if waiting is not None and not waiting.done():
-                waiting.set_result(message)
+            self._answer(message.token, message)
+        elif isinstance(message, Timeline):
+            self._answer(message.token, message)
         elif isinstance(message, EngineInfo):
             self.info = message
             self.pulse.answered = self.pulse.stepped = time.monotonic()
             self.ready.set()
         else:
             log.error("unexpected on the requests link: %r", message)
+
+    def _answer(self, token: int, message: Stats | Timeline) -> None:
+        waiting = self._asked.pop(token, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(message)
 
     def _share_out(self, delivery: Delivery) -> None:
         for stream in delivery.woken:
@@ -185,17 +202,37 @@ class EngineLink:
 
     async def stats(self, timeout: float) -> Stats:
         """The scheduler's figures of this moment, or, after `timeout` seconds, the latest that came."""
+        if self.info is None:
+            return self.pulse.last
+        stats: Stats | None = await self._ask(lambda token: GetStats(token=token), timeout)
+        if stats is None:
+            log.warning("the scheduler gave no figures within %.1f s: showing the last ones", timeout)
+            return self.pulse.last
+        return stats
+
+    async def timeline(self, names: tuple[str, ...], timeout: float) -> tuple[SequenceTimeline, ...]:
+        """What the sequences with one of `names` have done with their time; none if nobody knows them (any more).
+
+        Raises `Overloaded` if the scheduler does not answer within `timeout` seconds."""
+        self.engine()
+        answer = await self._ask(lambda token: GetTimeline(token=token, request_ids=names), timeout)
+        if answer is None:
+            raise Overloaded(f"the scheduler gave no answer within {timeout:.1f} s", retry_after=1.0)
+        told: Timeline = answer
+        return told.sequences
+
+    async def _ask(self, question: Callable[[int], Message], timeout: float) -> Any:
+        """The scheduler's answer to `question` (of a token); None if it could not be asked or is too late."""
         self._tokens += 1
         token = self._tokens
-        if self.info is None or not self._send(GetStats(token=token)):
-            return self.pulse.last
-        answer: asyncio.Future[Stats] = asyncio.get_running_loop().create_future()
+        if not self._send(question(token)):
+            return None
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._asked[token] = answer
         try:
             return await asyncio.wait_for(answer, timeout)
         except TimeoutError:
-            log.warning("the scheduler gave no figures within %.1f s: showing the last ones", timeout)
-            return self.pulse.last
+            return None
         finally:
             self._asked.pop(token, None)
 

@@ -29,6 +29,7 @@ from .generation import Api, Call, check_request_id, new_request_id
 from .schemas import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse_body
 from .siblings import Siblings
 from .sse import ClientGone, json_bytes
+from .timelines import names_of, timeline_object
 from .tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ access = logging.getLogger("fast_inference.access")
 MAX_BODY_BYTES = 32 << 20
 SCRAPE_SECONDS = 0.5  # how long /metrics waits for the scheduler and for the other frontends
 CLIENT_HEADER = "x-client-id"  # who asks, where the body has no `user`
+TIMELINE_SECONDS = 5.0  # how long a timeline is waited for: there are no last figures to show instead
 OPEN_PATHS = ("/health", "/ping")  # without a key: probes have none
 CLIENT_CLOSED = 499  # what the access log says of a client that left; it is never sent
 
@@ -236,6 +238,10 @@ def _add_state(app: FastAPI, api: Api) -> None:
     async def model(name: str) -> Response:
         api.check_model(name)
         return _json(_model_card(api))
+
+    @app.get("/v1/requests/{request_id}/timeline")
+    async def timeline(request_id: str) -> Response:
+        return _json(timeline_object(request_id, await api.link.timeline(names_of(request_id), TIMELINE_SECONDS)))
 
     @app.get("/version")
     async def show_version() -> Response:

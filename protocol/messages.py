@@ -104,6 +104,15 @@ class GetStats:
     token: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetTimeline:
+    """Ask what sequences have done with their time: those called by one of `request_ids`, or by one and "-0", "-1" and
+    so on (the sequences of a request with n > 1). `token` comes back in the answer, a `Timeline`."""
+
+    token: int
+    request_ids: tuple[str, ...]
+
+
 # ---- to the scheduler, from the detokenizer ----------------------------------------------------------------------
 
 
@@ -164,6 +173,52 @@ class Stats:
     step_seconds: float = 0.0  # device-side time of the last step, as the executor measured it
     gaps: int = 0  # decode steps that followed a decode step
     gap_seconds: float = 0.0  # the device's idle time between those, all together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimelineSpan:
+    """What a sequence did from `start` to `end` (`time.time()` seconds). `kind` as in `scheduler/timeline.py`.
+
+    `other`: the request id that it waited behind or was preempted by. `tokens`: to be computed (prefill, recompute,
+    swap in), or computed until then (preempted, swapped, lost). `wanted` blocks when `there` were free. `passed`:
+    requests that started while it waited. `causes`: seconds of it by what the first in the queue waited for meanwhile.
+    """
+
+    kind: str
+    start: float
+    end: float
+    other: str = ""
+    tokens: int = 0
+    wanted: int = 0
+    there: int = 0
+    passed: int = 0
+    causes: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceTimeline:
+    """The story of one sequence. Its spans lie end to end from `arrival` to `finished`, which is the time of the
+    question for one that has not ended; its `reason` (as in `StreamEnd`) is "" then."""
+
+    number: int
+    request_id: str
+    reason: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    arrival: float = 0.0
+    first_token: float = 0.0  # 0: none yet
+    finished: float = 0.0
+    spans: tuple[TimelineSpan, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """The answer to `GetTimeline`; no sequences if none of that name lives or has ended lately."""
+
+    token: int
+    sequences: tuple[SequenceTimeline, ...] = ()
 
 
 # ---- to the executor, from the scheduler -------------------------------------------------------------------------
@@ -506,9 +561,11 @@ Message = (
     | Submit
     | Abort
     | GetStats
+    | GetTimeline
     | StopFound
     | EngineInfo
     | Stats
+    | Timeline
     | Step
     | ExecutorReady
     | StepResult

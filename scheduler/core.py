@@ -20,7 +20,7 @@ their last known token, in order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,12 +32,15 @@ from ..protocol.messages import (
     EngineInfo,
     ExecutorReady,
     GetStats,
+    GetTimeline,
     Message,
+    SequenceTimeline,
     Shutdown,
     Step,
     StepResult,
     StopFound,
     Submit,
+    Timeline,
 )
 from .admission import Limits, limits_of, refusal, token_limit
 from .batch import Batch
@@ -50,8 +53,10 @@ from .prefix import extend_hashes
 from .request import REASONS, Request, RequestState
 from .stats import Totals, snapshot
 from .step_model import StepModel
+from .stories import Stories
 from .streams import Streams
 from .swap import Rates, Swap
+from .timeline import Waits, not_started
 
 EXECUTOR = "executor"
 DETOKENIZER = "detokenizer"
@@ -88,6 +93,8 @@ class SchedulerCore:
         self.policy = make_policy(config, self.step_model)
         self.queue = self.policy.queue()
         self.totals = Totals()
+        self.stories = Stories()
+        self._waits = Waits()
         self.batch: Batch | None = None  # None until the executor is ready
         self._planner: Planner | None = None
         self._preemptor: Preemptor | None = None
@@ -106,6 +113,7 @@ class SchedulerCore:
             Abort: self._on_abort,
             StopFound: self._on_stop_found,
             GetStats: self._on_get_stats,
+            GetTimeline: self._on_get_timeline,
             Attach: self._on_attach,
             ExecutorReady: self._on_executor_ready,
             Shutdown: self._on_shutdown,
@@ -150,6 +158,10 @@ class SchedulerCore:
             self._finish(request, RequestState.ABORTED, now)
         return self._take_effects()
 
+    def timelines(self, names: Iterable[str], now: float) -> tuple[SequenceTimeline, ...]:
+        """What the sequences with one of `names` have done with their time so far (`Stories.tell`)."""
+        return self.stories.tell(frozenset(names), self._streams, self.batch, now)
+
     def check(self) -> None:
         """Raise `BrokenInvariant` unless the books agree."""
         if self.batch is not None:
@@ -167,7 +179,7 @@ class SchedulerCore:
         if lost is not None and self._preemptor is not None:
             lost.acknowledge(lost.last_sent)
             for request in lost.table.running():
-                self._preemptor.preempt(request.slot, now, keep=False)
+                self._preemptor.preempt(request.slot, now, by=None)
         self._info = info
         self.step_model.clear()  # it may be another device
         self._limits = limits_of(info, None if config.enable_chunked_prefill else config.max_num_batched_tokens)
@@ -176,10 +188,24 @@ class SchedulerCore:
         self.batch = Batch(info, slots, first_step)
         self._swap = swap = Swap(config.preemption, info, self.step_model, self._rates)
         self._preemptor = Preemptor(
-            self.batch, self.queue, self.policy, swap, self.totals, prefix_caching=config.enable_prefix_caching
+            self.batch,
+            self.queue,
+            self.policy,
+            swap,
+            self.totals,
+            self._waits,
+            prefix_caching=config.enable_prefix_caching,
         )
         self._planner = Planner(
-            config, self.batch, self.queue, self.policy, self._preemptor, swap, self.totals, self.step_model
+            config,
+            self.batch,
+            self.queue,
+            self.policy,
+            self._preemptor,
+            swap,
+            self.totals,
+            self.step_model,
+            self._waits,
         )
         if config.step_bound is not None:
             self._log("info", f"prompts are cut so that a step stays under {1000 * config.step_bound:g} ms")
@@ -239,7 +265,7 @@ class SchedulerCore:
         for request, error in outcome.failed:
             self._finish(request, RequestState.FAILED, now, error=error)
         for slot in outcome.spoiled:
-            preemptor.preempt(slot, now, keep=False)
+            preemptor.preempt(slot, now, by=None)
         self._deliver(outcome)
 
     # ---- from frontends and the detokenizer ----------------------------------------------------------------------
@@ -256,6 +282,7 @@ class SchedulerCore:
             self._finish(request, RequestState.REJECTED, now, error=full)
         elif self.batch is None:
             self._unchecked[request.number] = request
+            not_started(request, now)
         else:
             self._check_in(request, now)
 
@@ -312,6 +339,7 @@ class SchedulerCore:
         request.rank = self.policy.rank(request)
         self.policy.arrived(request)
         request.move(RequestState.WAITING, now)
+        self._waits.joined(request, now)
         self.queue.push(request)
 
     def _on_abort(self, message: Abort, now: float, sender: str) -> None:
@@ -331,6 +359,10 @@ class SchedulerCore:
     def _on_get_stats(self, message: GetStats, now: float, sender: str) -> None:
         stats = snapshot(self.totals, self.batch, waiting=self.waiting, token=message.token)
         self._effects.append(Send(sender, stats))
+
+    def _on_get_timeline(self, message: GetTimeline, now: float, sender: str) -> None:
+        told = self.timelines(message.request_ids, now)
+        self._effects.append(Send(sender, Timeline(token=message.token, sequences=told)))
 
     def _on_attach(self, message: Attach, now: float, sender: str) -> None:
         self._frontends[sender] = None
@@ -365,6 +397,8 @@ class SchedulerCore:
         if before != RequestState.NEW:
             self.policy.ended(request, known - request.num_prompt)
         self._unchecked.pop(request.number, None)
+        self._waits.ended(request, now)
+        self.stories.ended(request, known, now)
         self.totals.finished[REASONS[state]] += 1
         self._streams.end(request, known, now, stop_reason=stop_reason, error=error)
 

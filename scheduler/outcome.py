@@ -17,6 +17,7 @@ from ..protocol.ragged import follow_rows, pick_rows, well_formed
 from .batch import Batch, InFlight
 from .prefix import extend_hashes
 from .request import Request, RequestState
+from .timeline import first_word
 
 _NO_NUMBERS = np.empty(0, np.int64)
 _NO_TOKENS = np.empty(0, np.int32)
@@ -142,6 +143,7 @@ def _first_words(batch: Batch, slots: NDArray[np.int64], now: float) -> None:
         batch.silent.discard(slot)
         request = batch.table.living(slot)
         request.first_token = request.first_token or now
+        first_word(request, now)
 
 
 def _register_filled(batch: Batch, slots: NDArray[np.int64], computed: NDArray[np.int64]) -> None:

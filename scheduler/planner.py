@@ -23,6 +23,7 @@ from .reuse import blocks_to_start, reusable
 from .stats import Totals
 from .step_model import UNBOUNDED, StepModel
 from .swap import Swap
+from .timeline import Kind, Waits
 from .waiting import Queue
 
 _NONE = np.empty(0, np.int32)
@@ -42,6 +43,7 @@ class Draft:
 
     budget: int
     prompt_tokens: int = UNBOUNDED  # of the budget, how many may go to chunks
+    told: bool = False  # whether somebody who was looked at has been told why to wait
     promised: int = 0  # blocks that decode rows must leave to waiting requests
     admit: list[Admit] = field(default_factory=list)
     grow_slots: NDArray[Any] = field(default_factory=lambda: _NONE)
@@ -69,6 +71,7 @@ class Planner:
         swap: Swap,
         totals: Totals,
         steps: StepModel,
+        waits: Waits,
     ) -> None:
         self._batch = batch
         self._queue = queue
@@ -82,6 +85,7 @@ class Planner:
         self._totals = totals
         self._steps = steps
         self._step_bound = config.step_bound  # seconds
+        self._waits = waits
 
     def plan(self, now: float) -> Step | None:
         """The next step, or None if nothing can be computed now. What it contains counts as sent."""
@@ -99,6 +103,7 @@ class Planner:
         if draft.room and (self._batch.prefilling or len(self._queue)):
             # who was just pushed out for lack of blocks does not come back in the same step
             self._fill_budget(draft, admitting=self._totals.preemptions == preempted, now=now)
+        self._note_first(draft, now)
         if not len(decode) and not draft.rows:
             return None
         return self._finish(draft, decode)
@@ -126,9 +131,10 @@ class Planner:
             victim = self._preemptor.victim()
             if victim in seated:  # part of this very step
                 break
-            self._preemptor.preempt(victim, now)
+            others = slots[slots != victim]
+            self._preemptor.preempt(victim, now, by=batch.table.living(int(others[0]) if len(others) else victim))
             ready[victim] = False
-            slots = slots[slots != victim]
+            slots = others
         # with fenced blocks there are steps in flight, so that all may sit out for one
         room = max(0, batch.pool.available - (draft.promised if batch.fenced_blocks else 0))
         if len(slots) > room:
@@ -187,23 +193,40 @@ class Planner:
         for request in deferred:
             queue.push(request)
 
+    def _note_first(self, draft: Draft, now: float) -> None:
+        """Why the first in the queue is still there, if nobody was told yet in this step."""
+        if not len(self._queue):
+            self._waits.nobody_held(now)
+        elif not draft.told and (request := self._queue.peek(now)) is not None:
+            self._waits.held(request, Kind.NO_BLOCKS if draft.room else Kind.BUDGET, now)
+
+    def _blocked(self, draft: Draft, request: Request, kind: Kind, now: float, *, wanted: int = 0) -> Verdict:
+        draft.told = True
+        self._waits.held(request, kind, now, wanted=wanted, there=self._batch.pool.available)
+        return Verdict.BLOCKED
+
     def _admit(self, draft: Draft, request: Request, now: float) -> Verdict:
         batch = self._batch
         if not batch.free_slots:
-            return Verdict.BLOCKED
+            return self._blocked(draft, request, Kind.NO_SLOT, now)
         reuse = reusable(batch, request, fetch=self._swap.fetches(batch, request))
         known, cached = len(request.tokens), reuse.cached
         if not self._chunked and known - cached > draft.room:
-            return Verdict.BLOCKED
+            return self._blocked(draft, request, Kind.BUDGET, now)
         may_hit_more = request.takes_prefix_hits and known - 1 >= cached + batch.block_size
         if draft.filling and may_hit_more and request.hashes[cached // batch.block_size] in draft.filling:
+            draft.told = True
+            self._waits.deferred(request, now)
             return Verdict.DEFERRED
         need = blocks_to_start(batch, request, reuse)
-        if need > batch.pool.available or not self._policy.admits(request, need, batch):
-            return Verdict.BLOCKED
+        if need > batch.pool.available:
+            return self._blocked(draft, request, Kind.NO_BLOCKS, now, wanted=need)
+        if not self._policy.admits(request, need, batch):
+            return self._blocked(draft, request, Kind.POLICY, now, wanted=need)
         self._queue.pop()
         slot = batch.seat(request, reuse)
         request.move(RequestState.RUNNING, now)
+        self._waits.started(request, now, known - cached, swapped=bool(reuse.host))
         self._policy.admitted(request)
         if not request.preemptions:
             self._first_time(request, reuse, now)

@@ -17,6 +17,7 @@ from .request import Request, RequestState
 from .reuse import blocks_to_start, reusable
 from .stats import Totals
 from .swap import Swap
+from .timeline import Waits
 from .waiting import Queue
 
 
@@ -24,7 +25,15 @@ class Preemptor:
     """Moves running requests back to the queue."""
 
     def __init__(
-        self, batch: Batch, queue: Queue, policy: Policy, swap: Swap, totals: Totals, *, prefix_caching: bool
+        self,
+        batch: Batch,
+        queue: Queue,
+        policy: Policy,
+        swap: Swap,
+        totals: Totals,
+        waits: Waits,
+        *,
+        prefix_caching: bool,
     ) -> None:
         self._batch = batch
         self._queue = queue
@@ -32,10 +41,11 @@ class Preemptor:
         self._swap = swap
         self._prefix_caching = prefix_caching
         self._totals = totals
+        self._waits = waits
 
-    def preempt(self, slot: int, now: float, *, keep: bool = True) -> None:
-        """Take the slot and the blocks from its request, and put that back into the queue. `keep`: whether its keys
-        and values are worth a copy: they are there, and right."""
+    def preempt(self, slot: int, now: float, *, by: Request | None) -> None:
+        """Take the slot and the blocks from its request, and put that back into the queue. `by`: for whom; None where
+        its keys and values are not there, or not right, so that they are not worth a copy."""
         batch = self._batch
         request = batch.table.requests[slot]
         if request is None:
@@ -43,11 +53,14 @@ class Preemptor:
         request.tokens = batch.table.known_tokens(slot)
         if self._prefix_caching:
             extend_hashes(request.hashes, request.tokens, batch.block_size, request.cache_salt)
-        if keep and self._swap.save(batch, slot):
+        computed = int(batch.table.computed[slot])
+        saved = by is not None and self._swap.save(batch, slot)
+        if saved:
             self._totals.swap_preemptions += 1
         batch.leave(slot)
         request.preemptions += 1
         request.move(RequestState.PREEMPTED, now)
+        self._waits.pushed_out(request, now, by=by, computed=computed, saved=saved)
         self._queue.push(request)
         self._totals.preemptions += 1
 
@@ -77,7 +90,7 @@ class Preemptor:
             seen.append(queue.pop())
             needs.append(need)
             for slot in chosen:
-                self.preempt(slot, now)
+                self.preempt(slot, now, by=request)
             slots += len(chosen) - 1
             blocks += freed - need
         for request in seen:

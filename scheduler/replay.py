@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,17 +54,20 @@ class Replay:
     difference: Difference | None
 
 
-def replay(path: str | Path, on_progress: Callable[[int, int], None] | None = None) -> Replay:
+def replay(
+    path: str | Path, on_progress: Callable[[int, int], None] | None = None, followed: Iterable[str] = ()
+) -> Replay:
     """Run the journal at `path` again, to its end or to the first difference.
 
     Args:
         on_progress: is given bytes done and bytes in all, now and then.
+        followed: names of requests whose timelines are kept however many others end (`Replay.core.timelines`).
 
     Raises: `JournalError` for what is no journal, `SnapshotError` for one of another version of the scheduler.
     """
     reader = Reader(Path(path))
     try:
-        return _replay(reader, on_progress)
+        return _replay(reader, on_progress, frozenset(followed))
     finally:
         reader.close()
 
@@ -76,11 +79,12 @@ def assert_replays(path: str | Path) -> None:
         raise AssertionError(str(difference))
 
 
-def _replay(reader: Reader, on_progress: Callable[[int, int], None] | None) -> Replay:
+def _replay(reader: Reader, on_progress: Callable[[int, int], None] | None, followed: frozenset[str]) -> Replay:
     header = reader.header
     core = SchedulerCore(header.config)
     if header.snapshot is not None:
         thaw_core(core, header.snapshot)
+    core.stories.followed = followed
     count = steps = 0
     first = last = 0.0
     difference = None

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..protocol.errors import EngineError
 from ..protocol.sampling import SamplingParams
+from .timeline import Entry, Mark
 
 Tokens = NDArray[np.int32]
 
@@ -98,10 +99,17 @@ class Request:
     preemptions: int = 0
     prompt_logprobs_sent: int = 0  # highest prompt position whose log-probabilities were passed on
     story: list[tuple[float, RequestState]] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)  # what it does with its time (`timeline.py`)
+    entry: Entry | None = None  # how things stood when it joined the queue, until its wait is explained
 
     @property
     def finished(self) -> bool:
         return self.state >= RequestState.STOPPED
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is in the queue."""
+        return self.state is RequestState.WAITING or self.state is RequestState.PREEMPTED
 
     @property
     def order(self) -> tuple[float, int]:

@@ -71,6 +71,8 @@ class _Freezer:
             return ["settings"]  # the thawed core has them, and a journal must not hold the API key
         if kind is tuple:
             return ["tuple", [self.freeze(item, path) for item in value]]
+        if isinstance(value, tuple):
+            return ["named", self._name(kind, path), [self.freeze(item, path) for item in value]]
         if isinstance(value, Enum):
             return ["enum", self._name(kind, path), value.value]
         if isinstance(value, np.generic):
@@ -135,6 +137,8 @@ class _Thawer:
             return self._config
         if kind == "tuple":
             return tuple(self.thaw(item) for item in rest[0])
+        if kind == "named":
+            return tuple.__new__(self._class(rest[0]), [self.thaw(item) for item in rest[1]])
         if kind == "enum":
             return self._class(rest[0])(rest[1])
         if kind == "number":
