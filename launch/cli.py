@@ -1,4 +1,4 @@
-"""The command line: `fast-inference serve | generate | chat | status | replay | simulate`.
+"""The command line: `fast-inference serve | generate | chat | status | replay | explain | simulate`.
 
 Owns the commands, their flags and what they print; must not know how an engine works. Imports what a command needs
 when it runs, so that `--help` is quick. An `EngineError` leaves as one line (see `__main__.py`).
@@ -139,12 +139,28 @@ def replay(
     sys.exit(show_replay(journal))
 
 
+def explain(
+    request_id: Annotated[str, typer.Argument(metavar="ID", help="the id of an answer, or its X-Request-Id")],
+    journal: Annotated[
+        Path | None,
+        typer.Option("--journal", metavar="FILE", help="a journal to run again, instead of asking a server"),
+    ] = None,
+    url: Annotated[str, typer.Option("--url", help="the running server")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option("--api-key", help="the server's key", show_default=False)] = None,
+) -> None:
+    """Show where a request's time has gone: each wait with its reason, each part of its run."""
+    from .explain import show_request
+
+    show_request(request_id, journal, url, api_key)
+
+
 app.command()(takes_engine_flags(serve, leave_out=("model",)))
 app.command()(takes_sampling_flags(takes_engine_flags(generate, leave_out=LEFT_OUT)))
 app.command()(takes_sampling_flags(takes_engine_flags(chat, leave_out=LEFT_OUT)))
 app.command()(takes_scheduling_flags(simulate))
 app.command()(status)
 app.command()(replay)
+app.command()(explain)
 
 
 @contextmanager

@@ -14,12 +14,15 @@ from fast_inference.protocol.messages import (
     Attach,
     EngineInfo,
     GetStats,
+    GetTimeline,
     Message,
+    SequenceTimeline,
     Stats,
     StreamEnd,
     StreamPromptLogprobs,
     Submit,
     TextBatch,
+    Timeline,
     TopLogprobs,
 )
 
@@ -58,6 +61,7 @@ class EngineDouble:
         self.full = False  # take no more submits
         self.silent = False  # answer nothing, make nothing
         self.steps = 0
+        self.timelines: list[SequenceTimeline] = []  # what it knows of requests' times
         self._ended: list[StreamEnd] = []
         self._new: list[int] = []
 
@@ -76,6 +80,9 @@ class EngineDouble:
             self.replies.append(
                 Stats(token=message.token, running=len(self.running), steps=self.steps, num_blocks=self.info.num_blocks)
             )
+        elif isinstance(message, GetTimeline) and not self.silent:
+            told = tuple(story for story in self.timelines if story.request_id in message.request_ids)
+            self.replies.append(Timeline(token=message.token, sequences=told))
         return True
 
     def _submit(self, submit: Submit) -> bool:

@@ -247,3 +247,15 @@ def test_in_every_history_the_spans_lie_end_to_end(
         if told.spans:
             check(told)
         assert told.arrival == harness.ends[key].arrival and told.finished == harness.ends[key].finished
+
+
+def test_what_was_swapped_out_comes_back_as_such() -> None:
+    info = make_info(num_blocks=8, num_host_blocks=16, block_bytes=1024)
+    harness = Harness(info, enable_prefix_caching=False, preemption="swap", kv_offloading_size=1.0)
+    harness.submit(1, [1] * 8, max_tokens=20)
+    harness.submit(2, [2] * 8, max_tokens=20)
+    harness.drain()
+    told = story(harness, 2)
+    check(told)
+    assert span(told, "swapped").other == "r1"
+    assert "swap in" in kinds(told) and "recompute" not in kinds(told)
