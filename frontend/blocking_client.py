@@ -1,28 +1,26 @@
-"""`Client`: the client library without asyncio. A thread runs an event loop with an `AsyncClient` on it.
+"""`Client`: the client library without asyncio: an `AsyncClient` on a thread with an event loop.
 
-Owns the thread and the crossing of threads; must not know the wire.
+Owns what a blocking caller sees of it: lists of results, iterators, a progress bar; must not know the wire.
 """
 
 from __future__ import annotations
 
 import asyncio
 import queue
-import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..protocol.errors import EngineDead, EngineError, InvalidRequest, Overloaded
+from ..protocol.errors import EngineError, InvalidRequest, Overloaded
 from ..protocol.messages import EngineInfo, Stats
 from ..protocol.sampling import RequestOutputKind, SamplingParams
 from .async_client import AsyncClient
 from .client_requests import Prompt
+from .loop_thread import LoopThread
 from .outputs import RequestOutput
-
-T = TypeVar("T")
 
 MAX_IN_FLIGHT = 4096  # requests of one `generate` call that the engine is given at once
 
@@ -33,15 +31,12 @@ class Client:
     """A connection to a running engine, for code without an event loop. Thread-safe."""
 
     def __init__(self, endpoint: str, *, connect_timeout: float = 30.0) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._closing = threading.Lock()  # nothing is handed to the loop while it is being closed
-        self._thread = threading.Thread(target=self._loop.run_forever, name="fast-inference-client", daemon=True)
-        self._thread.start()
+        self._thread = LoopThread("fast-inference-client", "the client was closed")
         self._client = AsyncClient(endpoint, connect_timeout=connect_timeout)
         try:
-            self._call(self._client.connect())
+            self._thread.call(self._client.connect())
         except BaseException:
-            self._stop()
+            self._thread.close()
             raise
 
     # ---- life --------------------------------------------------------------------------------------------------
@@ -56,10 +51,9 @@ class Client:
 
     def close(self) -> None:
         """Cancel what is under way and close the connection."""
-        if self._loop.is_closed():
-            return
-        self._call(self._client.close())
-        self._stop()
+        if not self._thread.closed:
+            self._thread.call(self._client.close())
+            self._thread.close()
 
     @property
     def info(self) -> EngineInfo:
@@ -67,17 +61,15 @@ class Client:
 
     def fail_all(self, error: EngineError) -> None:
         """As `AsyncClient.fail_all`, from any thread; once closed there is nothing to do."""
-        with self._closing:
-            if not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self._client.fail_all, error)
+        self._thread.call_soon(lambda: self._client.fail_all(error))
 
     def get_stats(self, timeout: float = 10.0) -> Stats:
         """The scheduler's figures of this moment."""
-        return self._call(self._client.get_stats(timeout))
+        return self._thread.call(self._client.get_stats(timeout))
 
     def abort(self, request_id: str) -> None:
         """End the requests of that name."""
-        self._call(self._client.abort(request_id))
+        self._thread.call(self._client.abort(request_id))
 
     # ---- requests ----------------------------------------------------------------------------------------------
 
@@ -155,7 +147,7 @@ class Client:
             except Exception as error:  # noqa: BLE001  # handed to the reader's thread, which raises it
                 outputs.put(error)
 
-        feeding = asyncio.run_coroutine_threadsafe(feed(), self._loop)
+        feeding = self._thread.start(feed())
         try:
             while (item := outputs.get()) is not None:
                 if isinstance(item, BaseException):
@@ -193,27 +185,7 @@ class Client:
                     raise
 
             room = asyncio.Semaphore(MAX_IN_FLIGHT)
-            return self._call(run())
-
-    def _call(self, work: Coroutine[Any, Any, T]) -> T:
-        with self._closing:
-            if self._loop.is_closed():
-                work.close()
-                raise EngineDead("the client was closed")
-            future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()  # ctrl-C in the caller's thread must end the work too
-            raise
-
-    def _stop(self) -> None:
-        with self._closing:
-            if self._loop.is_closed():
-                return
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+            return self._thread.call(run())
 
 
 async def _final(

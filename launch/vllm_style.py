@@ -15,13 +15,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, 
 from typing import Any
 
 from ..frontend.client_requests import Prompt, Terms
+from ..frontend.loop_thread import LoopThread
 from ..frontend.outputs import RequestOutput
 from ..protocol.config import EngineConfig
 from ..protocol.errors import EngineDead, EngineError
 from ..protocol.messages import Stats
 from ..protocol.policy_names import SchedulerPolicy
 from ..protocol.sampling import RequestOutputKind, SamplingParams
-from .background import Bridge, LoopThread
+from .bridge import Bridge
 from .engine import AsyncEngine
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class VLLMStyleEngine:
     """See `create_vllm_style_engine`. Every method may be called with or without a running event loop."""
 
     def __init__(self, engine: AsyncEngine) -> None:
-        self._thread = LoopThread("fast-inference-engine")
+        self._thread = LoopThread("fast-inference-engine", "the engine was shut down")
         self._engine = engine
         self._activity = Activity()
         self.kv_cache = KVCacheView(self)
@@ -131,7 +132,7 @@ class VLLMStyleEngine:
         terms = Terms(priority=priority, client=client, deadline_ms=deadline_ms)
         params = (sampling_params or SamplingParams()).replace(output_kind=RequestOutputKind.DELTA)
         texts: Bridge[str] = Bridge()
-        feeding = asyncio.run_coroutine_threadsafe(self._feed(texts, prompt, params, terms), self._thread.loop)
+        feeding = self._thread.start(self._feed(texts, prompt, params, terms))
         try:
             async for text in texts:
                 yield text
