@@ -63,7 +63,7 @@ class _Loop:
         self._text = text
         self._requests = requests
         self._outbox = Outbox(text.send)
-        self._stops: list[int] = []  # numbers to tell the scheduler
+        self._stops: dict[str, list[int]] = {}  # by reason: numbers to tell the scheduler
         self._drained = False  # the last turn left nothing in the `tokens` queue
 
     def run(self, wire: Wire, control: Control) -> None:
@@ -105,7 +105,7 @@ class _Loop:
             if isinstance(effect, Send):
                 self._outbox.add(effect.frontend, effect.batch)
             else:
-                self._stops.extend(effect.numbers)
+                self._stops.setdefault(effect.reason, []).extend(effect.numbers)
 
     def _send(self) -> None:
         if self._outbox:
@@ -117,8 +117,9 @@ class _Loop:
                 if effects:
                     log.error("frontend %s does not read its text: its streams are ended", frontend)
                 self._perform(effects)
-        if self._stops and self._requests.send(StopFound(numbers=tuple(self._stops))):
-            self._stops.clear()
+        for reason, numbers in list(self._stops.items()):
+            if self._requests.send(StopFound(numbers=tuple(numbers), reason=reason)):
+                del self._stops[reason]
 
 
 def _refuse(link: str, message: object) -> None:

@@ -82,7 +82,7 @@ class DetokenizerCore:
         numbers = self._numbers_of(frontend)
         for number in numbers:
             self._close(number)
-        return [StopFound(numbers=tuple(numbers))] if numbers else []
+        return [StopFound(numbers=tuple(numbers), reason="abort")] if numbers else []
 
     def fail(self, frontend: str, message: str, now: float = 0.0) -> list[Effect]:
         """End all streams of a frontend that does not read, with an error."""
@@ -94,7 +94,7 @@ class DetokenizerCore:
             self._close(number)
         if not numbers:
             return []
-        return [Send(frontend, TextBatch(ended=tuple(ends))), StopFound(numbers=tuple(numbers))]
+        return [Send(frontend, TextBatch(ended=tuple(ends))), StopFound(numbers=tuple(numbers), reason="abort")]
 
     # ---- streams -----------------------------------------------------------------------------------------------
 

@@ -118,9 +118,11 @@ class GetTimeline:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopFound:
-    """The detokenizer saw a stop string and has ended these streams; free what they hold."""
+    """The detokenizer has ended these streams; free what they hold. `reason`: `stop`, a stop string was seen, or
+    `abort`, nobody reads them any more."""
 
     numbers: tuple[int, ...]
+    reason: str = "stop"
 
 
 # ---- to frontends, from the scheduler ----------------------------------------------------------------------------

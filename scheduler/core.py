@@ -352,8 +352,8 @@ class SchedulerCore:
         for number in message.numbers:
             request = self._streams.numbered(number)
             if request is not None:
-                # what has said nothing has no stop string: its frontend is gone
-                state = RequestState.STOPPED if request.first_token else RequestState.ABORTED
+                stopped = message.reason == "stop" and request.first_token  # what has said nothing has no stop string
+                state = RequestState.STOPPED if stopped else RequestState.ABORTED
                 self._finish(request, state, now)
 
     def _on_get_stats(self, message: GetStats, now: float, sender: str) -> None:

@@ -281,7 +281,7 @@ def test_ids_that_no_tokenizer_has_do_no_harm(tokenizer):
 def test_a_frontend_that_is_gone_loses_its_streams_and_the_scheduler_hears_of_it():
     core, reader = DetokenizerCore(VOCABULARY), Reader()
     core.handle(Deliver(opened=(opened(1), opened(2, frontend="frontend-1"), opened(3))))
-    assert core.drop(FRONTEND) == [StopFound(numbers=(1, 3))]
+    assert core.drop(FRONTEND) == [StopFound(numbers=(1, 3), reason="abort")]
     assert core.drop(FRONTEND) == []
     (a,) = ids_of("a")
     reader.take(core.handle(deliver([(1, a), (2, a), (3, a)])))
@@ -512,7 +512,7 @@ def test_the_process_tells_the_scheduler_when_a_frontend_is_gone(engine):
         wire.wait([scheduler], 0.05)
         received = scheduler.receive()
         if received is not None:
-            assert received[1] == StopFound(numbers=(1,))
+            assert received[1] == StopFound(numbers=(1,), reason="abort")
             return
     raise AssertionError("nobody told the scheduler")
 

@@ -231,12 +231,23 @@ def test_a_stop_string_found_by_the_detokenizer_frees_the_request() -> None:
     assert stats(harness).used_blocks == 0
 
 
+def test_a_stream_that_nobody_reads_counts_as_aborted_however_much_it_has_said() -> None:
+    harness = Harness()
+    harness.submit(1, [1, 2, 3], max_tokens=50)
+    harness.step()
+    harness.step()
+    assert harness.tokens[1]
+    harness.handle(StopFound(numbers=tuple(harness.keys), reason="abort"), "detokenizer")
+    harness.drain()
+    assert harness.ends[1].reason == "abort" and stats(harness).finished["abort"] == 1
+
+
 def test_the_detokenizer_ends_also_what_waits_for_a_frontend_that_is_gone() -> None:
     harness = Harness(max_num_seqs=1)
     harness.submit(1, [1, 2, 3], max_tokens=50)
     harness.submit(2, [1, 2, 3], max_tokens=50)
     harness.step()
-    harness.handle(StopFound(numbers=(1, 2)), "detokenizer")
+    harness.handle(StopFound(numbers=(1, 2), reason="abort"), "detokenizer")
     harness.drain()
     assert harness.core.idle and harness.ends[2].reason == "abort"
 
