@@ -27,7 +27,7 @@ from .logprobs import TokenLogprobs
 from .schemas import ChatBody, sampling_params
 from .sse import EventStream, event, json_bytes, json_string
 from .stream import Piece
-from .submission import Request
+from .submission import Request, shortened
 
 
 async def create_chat_completion(api: Api, call: Call, body: ChatBody) -> Response:
@@ -44,7 +44,7 @@ async def create_chat_completion(api: Api, call: Call, body: ChatBody) -> Respon
         logprobs=_logprobs(body),
         prompt_logprobs=body.prompt_logprobs,
     )
-    ids = await encode_messages(api, body)
+    ids = shortened(await encode_messages(api, body), params, info)
     check_room([ids], max_tokens, info, param)
     request = Request(
         request_id=f"chatcmpl-{call.request_id}",
@@ -77,7 +77,7 @@ async def encode_messages(api: Api, body: Any) -> list[int]:
         add_generation_prompt=body.add_generation_prompt is not False and not continues,
         continue_final_message=continues,
         kwargs=body.chat_template_kwargs,
-        room=api.link.engine().max_model_len,
+        room=None if getattr(body, "truncate_prompt_tokens", None) is not None else api.link.engine().max_model_len,
     )
 
 

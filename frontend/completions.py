@@ -11,6 +11,8 @@ from typing import Any
 from starlette.responses import Response
 
 from ..protocol.errors import InvalidRequest
+from ..protocol.messages import EngineInfo
+from ..protocol.sampling import SamplingParams
 from .answer import Answer
 from .generation import (
     Api,
@@ -26,7 +28,7 @@ from .logprobs import TokenLogprobs
 from .schemas import CompletionBody, sampling_params, split_prompts
 from .sse import EventStream, json_bytes, json_string
 from .stream import Piece
-from .submission import MAX_SEQUENCES_PER_REQUEST, Request
+from .submission import MAX_SEQUENCES_PER_REQUEST, Request, shortened
 
 
 async def create_completion(api: Api, call: Call, body: CompletionBody) -> Response:
@@ -44,7 +46,7 @@ async def create_completion(api: Api, call: Call, body: CompletionBody) -> Respo
         logprobs=body.logprobs,
         prompt_logprobs=_prompt_logprobs(body),
     )
-    texts, prompts = await _tokenize(api, body, info.max_model_len)
+    texts, prompts = await _tokenize(api, body, params, info)
     check_room(prompts, max_tokens, info, "max_tokens")
     request = Request(
         request_id=f"cmpl-{call.request_id}",
@@ -68,25 +70,29 @@ def _prompt_logprobs(body: CompletionBody) -> int | None:
     return body.logprobs if body.echo else None
 
 
-async def _tokenize(api: Api, body: CompletionBody, room: int) -> tuple[list[str | None], list[list[int]]]:
+async def _tokenize(
+    api: Api, body: CompletionBody, params: SamplingParams, info: EngineInfo
+) -> tuple[list[str | None], list[list[int]]]:
     """Texts (None where ids were given and no text is needed) and token ids of the prompts."""
     given = split_prompts(body.prompt)
     if len(given) > MAX_SEQUENCES_PER_REQUEST:
         raise InvalidRequest(
             f"prompt may hold at most {MAX_SEQUENCES_PER_REQUEST} prompts, got {len(given)}", param="prompt"
         )
+    whole = params.truncate_prompt_tokens is None
+    room = info.max_model_len if whole else None
     special = body.add_special_tokens is not False
     texts: list[str | None] = []
     prompts: list[list[int]] = []
     for one in given:
         if isinstance(one, str):
             tokenizer = api.need_tokenizer("a prompt of text")
-            texts.append(one)
+            texts.append(one if whole else None)
             prompts.append(await tokenizer.encode_prompt(one, room, add_special_tokens=special))
         else:
             texts.append(None)
             prompts.append(one)
-    return texts, prompts
+    return texts, [shortened(ids, params, info) for ids in prompts]
 
 
 class _Answer(Answer):

@@ -15,6 +15,7 @@ from starlette.types import Receive
 
 from ..protocol.config import EngineConfig
 from ..protocol.errors import InvalidRequest, NotFound
+from ..protocol.lengths import too_long
 from ..protocol.messages import EngineInfo
 from .engine_link import EngineLink
 from .logprobs import TokenLogprobs, prompt_positions
@@ -76,14 +77,10 @@ def new_request_id() -> str:
 
 
 def check_room(prompts: Sequence[Sequence[int]], max_tokens: int | None, info: EngineInfo, param: str) -> None:
-    """Raises `InvalidRequest` where a prompt and its `max_tokens` together pass the context length."""
+    """Raises `InvalidRequest` where a prompt, or a prompt and its `max_tokens`, pass the context length."""
     for ids in prompts:
-        if max_tokens is not None and len(ids) + max_tokens > info.max_model_len > len(ids):
-            raise InvalidRequest(
-                f"the context length is {info.max_model_len} tokens, but the prompt has {len(ids)} and {param} asks "
-                f"for {max_tokens} more: at most {info.max_model_len - len(ids)} fit",
-                param=param,
-            )
+        if (error := too_long(len(ids), max_tokens, info.max_model_len, param)) is not None:
+            raise error
 
 
 async def start(api: Api, call: Call, request: Request, *, whole: bool) -> tuple[Stream, list[Piece]]:

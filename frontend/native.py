@@ -34,7 +34,7 @@ from ..protocol.messages import (
 )
 from .chat_messages import plain_messages
 from .engine_link import EngineLink
-from .submission import Request
+from .submission import Request, shortened
 from .tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class NativeServer:
 
     async def _tokenize(self, peer: Peer, ask: Generate, tokenizer: Tokenizer) -> None:
         try:
-            room = self._link.engine().max_model_len
+            room = self._link.engine().max_model_len if ask.params.truncate_prompt_tokens is None else None
             if ask.chat is not None:
                 ids = await tokenizer.encode_chat(plain_messages(ask.chat), room)
             else:
@@ -155,6 +155,7 @@ class NativeServer:
 
     def _submit(self, peer: Peer, ask: Generate, ids: list[int]) -> None:
         try:
+            ids = shortened(ids, ask.params, self._link.engine())
             request = Request(
                 request_id=ask.request_id,
                 prompts=[ids],

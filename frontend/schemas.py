@@ -38,7 +38,6 @@ _UNSUPPORTED = {
     "guided_grammar": "structured outputs are not supported yet",
     "bad_words": "bad_words is not supported yet",
     "logprob_token_ids": "logprob_token_ids is not supported yet",
-    "truncate_prompt_tokens": "truncate_prompt_tokens is not supported: shorten the prompt",
     "prompt_embeds": "prompt embeddings are not supported",
     "audio": "audio is not supported",
 }
@@ -79,6 +78,7 @@ class SamplingBody(Body):
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     logit_bias: dict[str, float] | None = None
@@ -193,6 +193,7 @@ def sampling_params(
         "include_stop_str_in_output",
         "ignore_eos",
         "min_tokens",
+        "truncate_prompt_tokens",
         "skip_special_tokens",
         "spaces_between_special_tokens",
         "logit_bias",

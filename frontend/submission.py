@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..protocol.errors import InvalidRequest
+from ..protocol.lengths import too_long
 from ..protocol.messages import EngineInfo, Submit
 from ..protocol.sampling import SEED_LIMIT, SamplingParams
 
@@ -61,16 +62,20 @@ def check_request(request: Request, info: EngineInfo) -> None:
         )
 
 
+def shortened(ids: list[int], params: SamplingParams, info: EngineInfo) -> list[int]:
+    """The end of a prompt that `truncate_prompt_tokens` leaves; -1 leaves as much as `max_tokens` has room beside."""
+    keep = params.truncate_prompt_tokens
+    if keep is None:
+        return ids
+    if keep < 0:
+        keep = max(1, info.max_model_len - (params.max_tokens or 1))
+    return ids[-keep:]
+
+
 def check_prompt(ids: Sequence[int], info: EngineInfo) -> None:
     """A prompt must hold at least one token, fit the context with room for one more, and be in the vocabulary."""
-    if len(ids) == 0:
-        raise InvalidRequest("prompt must hold at least one token, got none", param="prompt")
-    if len(ids) >= info.max_model_len:
-        raise InvalidRequest(
-            f"prompt has {len(ids)} tokens, but the context length is {info.max_model_len} tokens and at least one "
-            "must be left to generate",
-            param="prompt",
-        )
+    if (error := too_long(len(ids), None, info.max_model_len)) is not None:
+        raise error
     low, high = min(ids), max(ids)
     if low < 0 or high >= info.vocab_size:
         wrong = low if low < 0 else high

@@ -120,10 +120,10 @@ class Tokenizer:
         """Run `work` on one of the tokenizer's threads."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
-    async def encode_prompt(self, text: str, room: int, *, add_special_tokens: bool = True) -> list[int]:
+    async def encode_prompt(self, text: str, room: int | None, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, off the loop. Raises `InvalidRequest`, before any work, for a text that can't fit
-        into `room` tokens even if each were the longest there is."""
-        if len(text) > room * self.longest_token:
+        into `room` tokens even if each were the longest there is; `room` None: the prompt will be shortened."""
+        if room is not None and len(text) > room * self.longest_token:
             raise InvalidRequest(
                 f"prompt has {len(text)} characters, more than {room} tokens (the context length) can hold",
                 param="prompt",
@@ -131,7 +131,7 @@ class Tokenizer:
         return await self.off_loop(lambda: self.encode(text, add_special_tokens))
 
     async def encode_chat(
-        self, messages: list[dict[str, Any]], room: int, *, add_special_tokens: bool = False, **options: Any
+        self, messages: list[dict[str, Any]], room: int | None, *, add_special_tokens: bool = False, **options: Any
     ) -> list[int]:
         """As `encode_prompt`, for a conversation; `options` as of `apply_chat_template`."""
         text = await self.off_loop(lambda: self.apply_chat_template(messages, **options))

@@ -52,6 +52,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None  # how many alternatives per generated token
     prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None  # keep only the prompt's last tokens; -1: as many as there is room for
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -132,6 +133,8 @@ def _check(p: SamplingParams) -> None:
     for name in ("logprobs", "prompt_logprobs"):
         if getattr(p, name) is not None:
             _integer(name, getattr(p, name), 0, MAX_LOGPROBS)
+    if p.truncate_prompt_tokens is not None and p.truncate_prompt_tokens != -1:
+        _integer("truncate_prompt_tokens", p.truncate_prompt_tokens, 1, MAX_TOKENS_LIMIT)
     for name in (
         "include_stop_str_in_output",
         "ignore_eos",

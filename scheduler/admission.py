@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..protocol.errors import InvalidRequest
+from ..protocol.lengths import too_long
 from ..protocol.messages import EngineInfo
 from .request import Request
 
@@ -45,20 +46,8 @@ def refusal(request: Request, limits: Limits) -> InvalidRequest | None:
     params, prompt, longest = request.params, request.num_prompt, limits.max_model_len
     if params.n != 1:
         return InvalidRequest(f"n must be 1 for the scheduler, got {params.n}", param="n")
-    if prompt == 0:
-        return InvalidRequest("prompt must hold at least 1 token, got 0", param="prompt")
-    if prompt + 1 > longest:
-        return InvalidRequest(
-            f"prompt has {prompt} tokens; with at least 1 to generate it exceeds the model's maximum length of "
-            f"{longest} tokens",
-            param="prompt",
-        )
-    if params.max_tokens is not None and prompt + params.max_tokens > longest:
-        return InvalidRequest(
-            f"max_tokens must be at most {longest - prompt}, got {params.max_tokens}: with the {prompt} tokens of the "
-            f"prompt it exceeds the model's maximum length of {longest} tokens",
-            param="max_tokens",
-        )
+    if (error := too_long(prompt, params.max_tokens, longest)) is not None:
+        return error
     if params.min_tokens > longest - prompt:
         return InvalidRequest(
             f"min_tokens must be at most {longest - prompt} after a prompt of {prompt} tokens, got {params.min_tokens}",

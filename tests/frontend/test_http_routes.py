@@ -73,6 +73,28 @@ async def test_max_tokens_is_16_unless_given_and_the_rest_of_the_context_when_nu
         assert body["usage"]["total_tokens"] == 128
 
 
+async def test_a_prompt_is_shortened_from_its_beginning_on_request(tokenizer: Tokenizer) -> None:
+    async with serving(tokenizer) as server:
+        ids = list(range(5, 205))  # the context has room for 128
+        answer = await server.post(TEXT, prompt=ids, max_tokens=2, truncate_prompt_tokens=3, return_token_ids=True)
+        assert answer.json()["choices"][0]["prompt_token_ids"] == ids[-3:]
+        assert answer.json()["usage"]["prompt_tokens"] == 3
+        answer = await server.post(TEXT, prompt=ids, max_tokens=28, truncate_prompt_tokens=-1)
+        assert answer.json()["usage"] | {"prompt_tokens_details": None} == {
+            "prompt_tokens": 100, "completion_tokens": 28, "total_tokens": 128, "prompt_tokens_details": None
+        }  # fmt: skip
+        text = "hello world " * 1000
+        whole = tokenizer.encode(text)
+        answer = await server.post(TEXT, prompt=text, max_tokens=1, truncate_prompt_tokens=4, echo=True)
+        assert answer.json()["choices"][0]["text"] == tokenizer.decode(whole[-4:]) + " w7"
+        messages = [{"role": "user", "content": text}]
+        answer = await server.post(CHAT, messages=messages, max_tokens=1, truncate_prompt_tokens=5)
+        assert answer.json()["usage"]["prompt_tokens"] == 5
+        assert [len(submit.prompt_token_ids) for submit in server.engine.submits] == [3, 100, 4, 5]
+        answer = await server.post(TEXT, prompt=ids, truncate_prompt_tokens=150)
+        assert answer.status_code == 400 and "prompt has 150 tokens" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("prompt", [["hello", "world hello"], [[4, 5, 6], [7]], ["hello", [7]]])
 async def test_several_prompts_times_n_are_numbered_through(tokenizer: Tokenizer, prompt: list[Any]) -> None:
     async with serving(tokenizer) as server:
@@ -331,6 +353,8 @@ BAD: list[tuple[str, dict[str, Any], str | None]] = [
     (TEXT, {"prompt": "x", "user": "s" * 2000}, "user"),
     (CHAT, {"messages": [{"role": "user", "content": "x" * 1_000_000}]}, "prompt"),
     (TEXT, {"prompt": [5] * 100, "max_tokens": 29}, "max_tokens"),
+    (TEXT, {"prompt": "x", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+    (TEXT, {"prompt": "x", "truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
     (TEXT, {"prompt": "x", "max_tokens": "5"}, "max_tokens"),
     (TEXT, {"prompt": "x", "max_tokens": 0}, "max_tokens"),
     (TEXT, {"prompt": "x", "max_tokens": 10**30}, "max_tokens"),

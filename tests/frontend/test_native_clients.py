@@ -121,6 +121,16 @@ async def test_each_output_kind_carries_what_it_says(tmp_path: Path, tokenizer: 
                 assert len(outputs) == 1
 
 
+async def test_a_prompt_is_shortened_as_over_http(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    async with frontend(tmp_path, tokenizer) as server, AsyncClient(server.endpoint) as client:
+        for keep, left in ((2, 2), (-1, 126)):
+            params = SamplingParams(max_tokens=2, truncate_prompt_tokens=keep, output_kind=RequestOutputKind.FINAL_ONLY)
+            for prompt in ("hello world " * 1000, list(range(5, 205))):
+                [out] = [o async for o in client.generate(prompt, params)]
+                whole = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+                assert out.prompt_token_ids == whole[-left:]
+
+
 async def test_the_last_output_tells_prompt_times_and_cache_hits(tmp_path: Path, tokenizer: Tokenizer) -> None:
     async with frontend(tmp_path, tokenizer) as server, AsyncClient(server.endpoint) as client:
         params = SamplingParams(max_tokens=1, output_kind=RequestOutputKind.FINAL_ONLY)

@@ -39,6 +39,7 @@ SAMPLING = st.builds(
     min_tokens=st.integers(0, 100),
     logprobs=st.none() | st.integers(0, MAX_LOGPROBS),
     prompt_logprobs=st.none() | st.integers(0, MAX_LOGPROBS),
+    truncate_prompt_tokens=st.none() | st.just(-1) | st.integers(1, 2**31 - 1),
     skip_special_tokens=st.booleans(),
     spaces_between_special_tokens=st.booleans(),
     logit_bias=st.dictionaries(TOKEN, st.floats(-100, 100), max_size=3),

@@ -41,6 +41,7 @@ WRONG = [
     ("min_tokens", 17, "at most max_tokens"),
     ("logprobs", 65, "[0, 64]"),
     ("prompt_logprobs", -1, "[0, 64]"),
+    ("truncate_prompt_tokens", 0, "[1, 2147483647]"),
     ("detokenize", None, "true or false"),
     ("skip_special_tokens", 0, "true or false"),
     ("spaces_between_special_tokens", "", "true or false"),

@@ -11,8 +11,8 @@ from .harness import Harness
 @pytest.mark.parametrize(
     ("prompt", "fields", "param", "words"),
     [
-        ([], {}, "prompt", "at least 1 token, got 0"),
-        ([1] * 128, {"max_tokens": 1}, "prompt", "128 tokens.*maximum length of 128"),
+        ([], {}, "prompt", "at least one token, got none"),
+        ([1] * 128, {"max_tokens": 1}, "prompt", "128 tokens.*context length is 128"),
         ([1] * 100, {"max_tokens": 29}, "max_tokens", "at most 28, got 29.*100 tokens.*128"),
         ([1] * 100, {"max_tokens": None, "min_tokens": 29}, "min_tokens", "at most 28 .*got 29"),
         ([1, 2, 100, 3], {}, "prompt", r"prompt token 2 must be in \[0, 99\], got 100"),
