@@ -1,11 +1,14 @@
 """The simulator held against the engine: the same requests on both, the differences in a table.
 
     python benchmarks/simulator_check.py --trace ../shared/traces/azure_llm_2023_conv.csv --json FILE
+    python benchmarks/simulator_check.py --trace ../shared/traces/azure_llm_2023_conv.csv --step-ms 60
 
 The engine runs twice as many requests of the trace as are compared: in the middle those that are, before and after
 them as many others, which calibrate (from the journal: what steps cost and what lies between them; from the clients'
 clocks: what lies around a request). The simulation gets the calibration, the same settings, arrivals and lengths, and
 nothing of what was measured of the compared part. Other programs on the machine make the parts differ: let it rest.
+With `--step-ms` the executor is one that computes nothing and takes so long for every step (`fake_executor.py`): what
+is held against the engine is then all but the device, which a busy machine hardly changes.
 """
 
 from __future__ import annotations
@@ -15,12 +18,15 @@ import asyncio
 import statistics
 import tempfile
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fast_inference import AsyncEngine
+from fake_executor import VOCAB_SIZE
+from fast_inference import AsyncClient, AsyncEngine
 from fast_inference.protocol.config import EngineConfig
 from fast_inference.scheduler.journal import Reader
 from fast_inference.simulator.costs import Calibration
@@ -32,6 +38,7 @@ from models import add_model_options, model_folder, vocabulary_size
 from records import Record, serving_figures
 from report import console, machine, write_json
 from rich.table import Table
+from step_overhead import running
 from workloads import Request, random_requests, read_trace
 
 COMPARED = ("output_throughput", "mean_ttft_ms", "mean_e2el_ms", "mean_itl_ms")
@@ -47,6 +54,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-prompts", type=int, default=64, help="that are compared; as many more calibrate")
     parser.add_argument("--speed-up", type=float, default=2.0, help="of the trace's clock")
     parser.add_argument("--scale-tokens", type=float, default=0.1, help="shortens the trace's prompts and outputs")
+    parser.add_argument("--step-ms", type=float, help="no model: an executor that takes so long for every step")
     parser.add_argument("--max-num-seqs", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -64,21 +72,26 @@ def parts(args: argparse.Namespace, vocab_size: int) -> list[list[Request]]:
     return out
 
 
+@asynccontextmanager
+async def sender_to_engine(args: argparse.Namespace, model: str, journal: Path) -> AsyncIterator[NativeSender]:
+    """A way into an engine that is started for it, with a journal."""
+    settings = {"port": None, "skip_tokenizer_init": True, "max_num_seqs": args.max_num_seqs, "journal": str(journal)}
+    if args.step_ms is None:
+        async with AsyncEngine(model, load_format=args.load_format, dtype=args.dtype, **settings) as engine:
+            yield NativeSender(engine)
+        return
+    with running(EngineConfig(model="none", log_level="warning", **settings)) as actors:
+        actors.ledger.step_ns = round(args.step_ms * 1e6)
+        async with AsyncClient(actors.client_endpoint) as client:
+            yield NativeSender(client)
+
+
 async def measure(
     args: argparse.Namespace, model: str, journal: Path, requests: list[list[Request]]
 ) -> tuple[list[list[Record]], list[float]]:
     """The records of each part, and four times around them."""
     records, times = [], []
-    async with AsyncEngine(
-        model,
-        load_format=args.load_format,
-        dtype=args.dtype,
-        skip_tokenizer_init=True,
-        port=None,
-        journal=str(journal),
-        max_num_seqs=args.max_num_seqs,
-    ) as engine:
-        sender = NativeSender(engine)
+    async with sender_to_engine(args, model, journal) as sender:
         await drive(sender, requests[0][:4], None, lambda: None)  # the first steps are slow: not theirs to tell
         for part in requests:
             times.append(time.time())
@@ -123,9 +136,10 @@ def predict(calibration: Calibration, settings: EngineConfig, requests: list[Req
 def main() -> None:
     args = parse_args()
     report: dict[str, Any] = {"benchmark": "simulator_check", "machine": machine()}
-    with model_folder(args.model, args.load_format) as model, tempfile.TemporaryDirectory() as folder:
-        journal = Path(folder, "journal")
-        requests = parts(args, vocabulary_size(model))
+    folder = model_folder(args.model, args.load_format) if args.step_ms is None else nullcontext("")
+    with folder as model, tempfile.TemporaryDirectory() as scratch:
+        journal = Path(scratch, "journal")
+        requests = parts(args, vocabulary_size(model) if model else VOCAB_SIZE)
         records, times = asyncio.run(measure(args, model, journal, requests))
         calibration, settings = calibrate(journal, times, records[0] + records[2])
     compared = requests[1]

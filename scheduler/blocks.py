@@ -60,7 +60,10 @@ class BlockPool:
         if count > self.available:
             raise BrokenInvariant(f"{count} blocks wanted, {self.available} available")
         self.evicted.clear()
-        taken = [free.pop() for _ in range(min(count, len(free)))]
+        first = max(len(free) - count, 0)
+        taken = free[first:]
+        taken.reverse()  # the one freed last goes first
+        del free[first:]
         while len(taken) < count:
             block, _ = self._cached.popitem(last=False)
             self.evicted.append((block, self.prefix.hash_of[block]))

@@ -82,12 +82,12 @@ def test_serving_replays_a_trace(folder: Path, tmp_path: Path) -> None:
     assert 0.45 < engine["duration"] < 2.0
 
 
-def test_the_simulator_is_held_against_the_engine(folder: Path, tmp_path: Path) -> None:
+def test_the_simulator_is_held_against_the_engine(tmp_path: Path) -> None:
     trace = tmp_path / "trace.csv"
     rows = "".join(f"{0.05 * number:.2f},{20 + number % 30},{2 + number % 7}\n" for number in range(16))
     trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)
-    options = ("--trace", str(trace), "--num-prompts", "8", "--speed-up", "1", "--scale-tokens", "1")
-    report = run_script("simulator_check.py", folder, *options)
+    options = ("--trace", str(trace), "--num-prompts", "8", "--scale-tokens", "1", "--step-ms", "5")
+    report = run_script("simulator_check.py", tmp_path, *options)
     assert report["measured"]["total_output_tokens"] == report["simulated"]["total_output_tokens"]
     assert set(report["differences"]) == {"output_throughput", "mean_ttft_ms", "mean_e2el_ms", "mean_itl_ms"}
     assert report["calibration"]["base"] >= 0
