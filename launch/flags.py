@@ -55,8 +55,6 @@ SCHEDULING_FLAGS = (  # what the scheduler goes by, and the memory that it is to
     "run_ahead",
     "max_num_queued_reqs",
     "fair_weights",
-    "max_step_ms",
-    "latency",
     "preemption",
     "kv_offloading_size",
 )
