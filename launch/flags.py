@@ -50,8 +50,6 @@ SCHEDULING_FLAGS = (  # what the scheduler goes by, and the memory that it is to
     "max_num_batched_tokens",
     "enable_prefix_caching",
     "enable_chunked_prefill",
-    "max_step_ms",
-    "latency",
     "run_ahead",
     "max_num_queued_reqs",
     "fair_weights",
