@@ -72,6 +72,8 @@ def start(config: EngineConfig, progress: Progress, live: torch.nn.Module | None
     graphs = wants_graphs(config, model, device)
     plan = plan_memory(config, model, transfer, graphs)
     swap_room = host_blocks(config, plan)
+    if swap_room and not transfer.shared:
+        progress("pinning host memory", 0, 0)
     runner = make_runner(config, model, plan, transfer, swap_room)
     clock.end("memory")
     progress("warming up", 0, 0)

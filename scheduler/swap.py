@@ -77,6 +77,8 @@ class Swap:
 
     def fetches(self, batch: Batch, request: Request) -> bool:
         """Whether blocks of the host's prefix cache are copied in for `request`, rather than computed."""
+        if not batch.host.num_blocks:
+            return False
         if self._mode == "swap" and request.number in batch.host.saved:
             return True
         rates = self.rates
