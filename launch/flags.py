@@ -28,6 +28,7 @@ ALIASES = {  # other names of a flag, as people know them from vLLM
     "num_blocks": ("--num-gpu-blocks-override",),
     "kv_cache_memory": ("--kv-cache-memory-bytes",),
     "scheduling_policy": ("--scheduler-policy",),
+    "preemption": ("--preemption-mode",),
 }
 SAMPLING_FLAGS = (
     "max_tokens",
