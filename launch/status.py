@@ -93,6 +93,11 @@ def _lines(engine: EngineStatus) -> list[str]:
             f"  KV cache  {stats.utilization:.1%} of {stats.num_blocks} blocks of {info.block_size} tokens in use, "
             f"{stats.cached_blocks} cached, {stats.free_blocks} free; fragmentation {stats.fragmentation:.1%}"
         )
+        if stats.host_blocks:
+            lines.append(
+                f"  host KV   {stats.host_used_blocks} of {stats.host_blocks} blocks held, {stats.host_cached_blocks} "
+                f"cached; {stats.swapped_out_blocks} copied out, {stats.swapped_in_blocks} in"
+            )
         lines.append(
             f"  tokens    {stats.prompt_tokens} in, {stats.generation_tokens} out; {stats.preemptions} preemptions"
         )
