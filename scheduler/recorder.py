@@ -7,6 +7,7 @@ Owns what is recorded and when a segment ends; must not decide anything. Speaks 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 from ..protocol.codec import encode
@@ -24,18 +25,17 @@ class RecordedCore:
     """`core` with a journal at `config.journal`; to be called as a core is, and closed in the end.
 
     Raises `StartupError` if the file can't be opened. The journal holds at most `config.journal_max_bytes` in two
-    segments. The second and all further ones begin with a snapshot of the core. There is none of a redacted
-    journal, since cached blocks are known by the hashes of real tokens: it ends when it is full.
+    segments; the second and all further ones begin with a snapshot. A redacted journal can't begin with one of
+    `core`, which holds prompts. So a second core is fed what the journal holds: its state is that of a replay.
     """
 
     def __init__(self, core: SchedulerCore, config: EngineConfig) -> None:
         self._core = core
         self._config = config
-        self._redacted = config.journal_redact
-        self._redactor = Redactor(core, secrets.token_bytes(KEY_BYTES)) if self._redacted else None
-        most = config.journal_max_bytes
-        header = Header(config, self._redacted).pack()
-        self._writer = JournalWriter(Path(config.journal or ""), header, most if self._redacted else most // 2)
+        self._redactor = Redactor(core, secrets.token_bytes(KEY_BYTES)) if config.journal_redact else None
+        self._redacted = SchedulerCore(config) if config.journal_redact else None
+        header = Header(config, config.journal_redact).pack()
+        self._writer = JournalWriter(Path(config.journal or ""), header, config.journal_max_bytes // 2)
 
     @property
     def idle(self) -> bool:
@@ -50,6 +50,7 @@ class RecordedCore:
         except BaseException:
             self._write(Call.HANDLE, now, sender, shown, None, raised=True)
             raise
+        self._follow(lambda redacted: redacted.handle(shown, now, sender))
         self._write(Call.HANDLE, now, sender, shown, effects)
         return effects
 
@@ -61,6 +62,7 @@ class RecordedCore:
         except BaseException:
             self._write(Call.SCHEDULE, now, "", None, None, raised=True)
             raise
+        self._follow(lambda redacted: redacted.schedule(now))
         self._write(Call.SCHEDULE, now, "", None, step)
         return step
 
@@ -71,6 +73,14 @@ class RecordedCore:
 
     def close(self) -> None:
         self._writer.close()
+
+    def _follow(self, call: Callable[[SchedulerCore], object]) -> None:
+        if self._redacted is None:
+            return
+        try:
+            call(self._redacted)
+        except Exception as error:  # noqa: BLE001  # a defect of the redaction must not end the engine
+            self._writer.stop(f"the core that is fed its redacted messages failed: {type(error).__name__}: {error}")
 
     def _write(
         self,
@@ -84,7 +94,7 @@ class RecordedCore:
     ) -> None:
         try:
             frame = None if message is None else encode(message)
-            outputs = None if raised else outputs_of(result, redacted=self._redacted)
+            outputs = None if raised else outputs_of(result, redacted=self._redacted is not None)
         except ProtocolError as error:  # no frame can hold it: whoever sends it will say so too
             self._writer.stop(str(error))
             return
@@ -95,12 +105,9 @@ class RecordedCore:
             self._writer.flush()
 
     def _next_segment(self) -> None:
-        if self._redacted:
-            self._writer.stop(f"a redacted journal is full at {self._config.journal_max_bytes} bytes")
-            return
         try:
-            snapshot = freeze_core(self._core)
+            snapshot = freeze_core(self._redacted or self._core)
         except SnapshotError as error:
             self._writer.stop(f"no second segment can begin: {error}")
             return
-        self._writer.begin_segment(Header(self._config, self._redacted, snapshot).pack())
+        self._writer.begin_segment(Header(self._config, self._redacted is not None, snapshot).pack())

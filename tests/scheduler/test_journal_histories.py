@@ -51,7 +51,7 @@ def test_every_history_replays(
         assert_replays(path)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(**histories)
 def test_a_thawed_core_goes_on_as_the_frozen_one_would_have(
     work: list[Sequence], engine: dict[str, object], answers: list[bool]
