@@ -67,7 +67,7 @@ class EngineConfig:
     shutdown_timeout: float = 5.0  # seconds given to running requests at SIGTERM
     client_endpoint: str | None = None  # a second address for native clients, e.g. tcp://127.0.0.1:5555
     journal: str | None = None  # record every message of the scheduler into this file, for `replay` and `explain`
-    journal_max_bytes: int = 2**30  # on disk: in FILE and the segment before it, FILE.1
+    journal_max_bytes: int = 2**30  # kept of records, in FILE and the segment before it, FILE.1
     journal_redact: bool = False  # no prompts and no text in the journal: lengths and hashes only
     log_level: str = "info"  # "debug", "info", "warning", "error"
 

@@ -36,13 +36,13 @@ class _NewSegment:
 class JournalWriter:
     """Appends to `path`, which begins with `header`. Raises `StartupError` if it can't be opened.
 
-    `segment_bytes`: how many fill a segment; the caller asks `full` and calls `begin_segment`.
+    `segment_bytes`: how many fill a segment, its header apart; the caller asks `full` and calls `begin_segment`.
     """
 
     def __init__(self, path: Path, header: bytes, segment_bytes: int) -> None:
         self.path = path
         self._segment_bytes = segment_bytes
-        self._size = len(header)  # of the segment, with what is not written yet
+        self._size = 0  # of the segment's records, those that are not written yet among them
         self._buffer: list[bytes] = []
         self._buffered = 0
         self._since = 0.0  # time of the oldest record in the buffer
@@ -96,7 +96,7 @@ class JournalWriter:
         """What is appended from now on stands in a new file behind `header`."""
         self.flush()
         self._queue.put(_NewSegment(header))
-        self._size = len(header)
+        self._size = 0
 
     def stop(self, reason: str) -> None:
         """Write nothing more. What was handed over still goes to the disk."""

@@ -24,9 +24,9 @@ from .snapshot import SnapshotError, freeze_core
 class RecordedCore:
     """`core` with a journal at `config.journal`; to be called as a core is, and closed in the end.
 
-    Raises `StartupError` if the file can't be opened. The journal holds at most `config.journal_max_bytes` in two
-    segments; the second and all further ones begin with a snapshot. A redacted journal can't begin with one of
-    `core`, which holds prompts. So a second core is fed what the journal holds: its state is that of a replay.
+    Raises `StartupError` if the file can't be opened. The journal holds records of at most `config.journal_max_bytes`,
+    in two segments; the second and all further ones begin with a snapshot. A redacted journal can't begin with one
+    of `core`, which holds prompts. So a second core is fed what the journal holds: its state is that of a replay.
     """
 
     def __init__(self, core: SchedulerCore, config: EngineConfig) -> None:
