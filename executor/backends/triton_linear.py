@@ -22,7 +22,8 @@ class TritonLinear:
         self.out_features, self.in_features = weight.shape
         self._weight, self._bias = weight.contiguous(), bias
         self._torch = TorchLinear(self._weight, bias)
-        self._plans = table.plans_of(*weight.shape, weight.dtype) if weight.dtype in HALVES else {}
+        plans = table.plans_of(self.out_features, self.in_features, weight.dtype)
+        self._plans = plans if weight.dtype in HALVES else {}
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
         if (plan := self._plan("linear", x)) is None:
