@@ -48,7 +48,7 @@ from gpu_runs import run_offline, run_online, seconds_of
 from report import console, machine, write_json
 from rich.table import Table
 
-SETTLE_SECONDS = 20.0  # for an idle engine to record its decode steps, which it does after it is ready
+SETTLE_SECONDS = 20.0  # for an idle engine to record its steps, which it does after it is ready
 ONLINE = "online"
 
 

@@ -7,26 +7,24 @@ step whose slots are those of the step before needs nothing from the host at all
 
 from __future__ import annotations
 
-import logging
-from collections import deque
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .backends.base import StepBatch
-from .graph_recorder import Recorder, Work
 from .kv_cache import KVCache
 from .layout import Int
 from .models.base import Model
 from .pending import pack
 from .recorded_sampling import drawn, greedy
+from .recordings import Key, Recordings
 from .sampling_columns import Choice
 from .slot_tensors import SlotTensors
 from .transfer import Transfer
 
-log = logging.getLogger(__name__)
-
+KIND = "decode"
 LARGEST = 512  # rows of the largest recording: beyond that, launching one by one is no longer what a step waits for
 
 
@@ -44,27 +42,21 @@ def recording_order(sizes: list[int]) -> list[int]:
 
 
 class DecodeGraphs:
-    """Recorded decode steps over one batch. Recording changes nothing that a request could see, so it may be done
-    between any two steps."""
+    """Recorded decode steps over the slots of `tensors`."""
 
     def __init__(
         self,
         model: Model,
         kv: KVCache,
         tensors: SlotTensors,
-        recorder: Recorder,
+        recordings: Recordings,
         transfer: Transfer,
     ) -> None:
         rows = tensors.scratch
         device = transfer.device
         self._model, self._kv, self._tensors = model, kv, tensors
-        self._recorder, self._transfer = recorder, transfer
+        self._recordings, self._transfer = recordings, transfer
         self.sizes = sizes_up_to(rows)
-        self._missing = deque((choice, size) for choice in Choice for size in recording_order(self.sizes))
-        self.total = len(self._missing)
-        self._recorded: dict[Choice, dict[int, Work]] = {choice: {} for choice in Choice}
-        self._reasons: set[str] = set()
-        self.wanted = False  # a step has asked for the recording that is next
         most = self.sizes[-1]
         self._slots = torch.full((most,), tensors.scratch, dtype=torch.int64, device=device)
         self._told = np.full(most, tensors.scratch, np.int64)  # what `_slots` holds
@@ -72,27 +64,12 @@ class DecodeGraphs:
         self._starts = self._counting.to(torch.int32)
         self._logits = torch.empty((most, model.spec.vocab_size), dtype=torch.float32, device=device)
 
-    @property
-    def missing(self) -> int:
-        """Recordings still to be made."""
-        return len(self._missing)
-
-    def record_next(self) -> None:
-        """Make the next of the missing recordings."""
-        self.wanted = False
-        self.record(*self._missing.popleft())
-
-    def record(self, choice: Choice, size: int) -> None:
-        """Record the decode step of `size` rows. Where that fails it is logged, once for each reason, and such steps
-        are launched operation by operation as before."""
-        self._tell(np.full(size, self._tensors.scratch, np.int64))
-        try:
-            self._recorded[choice][size] = self._recorder.record(lambda: self._decode(choice, size))
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if reason not in self._reasons:
-                self._reasons.add(reason)
-                log.warning("no graph for decode steps of %d rows (%s): they run eagerly", size, reason)
+    def plan(self, choice: Choice) -> None:
+        """Have a recording made for each size."""
+        for size in recording_order(self.sizes):
+            padding = np.full(size, self._tensors.scratch, np.int64)
+            work = partial(self._decode, choice, size)
+            self._recordings.plan(Key(KIND, choice, size), work, partial(self._tell, padding))
 
     def replay(self, slots: Int, choice: Choice) -> Tensor | None:
         """One decode step of `slots` [R], or None where no recording is there for it.
@@ -101,24 +78,15 @@ class DecodeGraphs:
         were; else what `pack` makes of the new tokens, which the slots now have: [2, R or more], the rest is
         padding's. The next replay overwrites the result.
         """
-        recorded = self._recorded[choice]
-        fitting = next((size for size in self.sizes if size >= len(slots)), None)
-        if fitting is not None and fitting not in recorded:
-            self._put_first(choice, fitting)
-        size = min((size for size in recorded if size >= len(slots)), default=None)
-        if size is None:
+        found = self._recordings.smallest(KIND, choice, self.sizes, len(slots))
+        if found is None:
             return None
+        size, recorded = found
         padded = np.full(size, self._tensors.scratch, np.int64)
         padded[: len(slots)] = slots
         self._tell(padded)
-        result = recorded[size]()
+        result = recorded()
         return result[: len(slots)] if choice is Choice.LOGITS else result
-
-    def _put_first(self, choice: Choice, size: int) -> None:
-        if (choice, size) in self._missing:  # not one that has failed
-            self._missing.remove((choice, size))
-            self._missing.appendleft((choice, size))
-            self.wanted = True
 
     def _tell(self, padded: Int) -> None:
         """Have the slots buffer begin with `padded`."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from .pending import Pending
+    from .recordings import Recordings
     from .runner import Runner
 
 log = logging.getLogger(__name__)
@@ -98,8 +99,8 @@ class StepLoop:
                 if self._must_finish():
                     self._finish_oldest()
                     self._record_if_wanted()
-            elif self._to_record():
-                self._record()
+            elif (recordings := self._recordings()) is not None:
+                self._record(recordings)
             else:
                 self._wire.wait(self._watched, IDLE_SECONDS)
 
@@ -116,29 +117,28 @@ class StepLoop:
     def _finish_oldest(self) -> None:
         self.send(self._pending.popleft().finish())
 
-    def _to_record(self) -> int:
-        return self._runner.graphs.missing if self._runner.graphs is not None else 0
-
     def _record_if_wanted(self) -> None:
         """Between steps, make a recording only where a step has just missed it, and not too often."""
         self._steps_since_recording += 1
-        graphs = self._runner.graphs
-        if graphs is not None and graphs.wanted and self._steps_since_recording >= RECORD_EVERY:
-            self._record()
+        recordings = self._recordings()
+        if recordings is not None and recordings.wanted and self._steps_since_recording >= RECORD_EVERY:
+            self._record(recordings)
 
-    def _record(self) -> None:
-        """Make one recording of a decode step, and tell how far it is."""
+    def _recordings(self) -> Recordings | None:
+        """Those of steps, where some are still to be made."""
         graphs = self._runner.graphs
-        if graphs is None:
-            return
-        if graphs.missing == graphs.total:
+        return graphs.recordings if graphs is not None and graphs.recordings.missing else None
+
+    def _record(self, recordings: Recordings) -> None:
+        """Make one recording of a step, and tell how far it is."""
+        if recordings.missing == recordings.total:
             self._recording_began = time.monotonic()
-        graphs.record_next()
+        recordings.record_next()
         self._steps_since_recording = 0
-        self._control.progress("recording decode steps", graphs.total - graphs.missing, graphs.total)
-        if not graphs.missing:
+        self._control.progress("recording steps", recordings.total - recordings.missing, recordings.total)
+        if not recordings.missing:
             seconds = time.monotonic() - self._recording_began
-            log.info("recorded %d decode steps in %.1f s, between the work", graphs.total, seconds)
+            log.info("recorded %d steps in %.1f s, between the work", recordings.total, seconds)
 
     def _next_step(self) -> Step | None:
         received = self._steps.receive()

@@ -19,7 +19,6 @@ from ..protocol.errors import EngineError
 from ..protocol.messages import RowFailed, Step
 from .backends.base import StepBatch
 from .batch import PersistentBatch, Work
-from .decode_graphs import DecodeGraphs
 from .host_pool import HostPool
 from .kv_cache import KVCache
 from .layout import Int, Pass, lay_out, passes
@@ -28,6 +27,7 @@ from .models.base import Model
 from .pending import Answer, Pending, PromptPart, RowLogprobs, pack
 from .sampler import Sampler
 from .sampling_columns import Choice
+from .step_graphs import StepGraphs
 from .transfer import Mark, Transfer
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class _Outcome:
 class Runner:
     """Runs steps on one device. Not thread-safe; every call in the same thread, under `torch.inference_mode`.
 
-    `host`: where blocks are swapped to. `graphs`: recordings of decode steps over `batch`; with None, as at first,
+    `host`: where blocks are swapped to. `graphs`: recordings of steps over `batch`; with None, as at first,
     every step is launched operation by operation.
     """
 
@@ -61,7 +61,7 @@ class Runner:
         host: HostPool | None = None,
     ) -> None:
         self.batch = batch
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         self._host = host
         self._model = model
         self.kv = kv
@@ -83,7 +83,7 @@ class Runner:
             failed = [RowFailed(slot=slot, message=batch.failed[slot]) for slot in hopeless]
         work = batch.take_work(step)
         decode = work.decode
-        answer = self._replayed(work, self.graphs) if self.graphs is not None and decode else None
+        answer = self._replayed(work, self.graphs) if self.graphs is not None else None
         if answer is None:
             answer = self._computed(work)
         answer.failed[:0] = failed
@@ -108,18 +108,22 @@ class Runner:
             self._host.swap_in(step.swap_in_from.astype(np.int64), step.swap_in_to.astype(np.int64))
         return began
 
-    def _replayed(self, work: Work, graphs: DecodeGraphs) -> Answer | None:
-        """A decode step from its recording, or None where there is none for it."""
-        choice = Choice(int(self.batch.sampling.choice[work.slots].max()))
+    def _replayed(self, work: Work, graphs: StepGraphs) -> Answer | None:
+        """A step from its recording, or None where there is none for it."""
+        sampling, slots = self.batch.sampling, work.slots
+        if not len(slots) or (not work.decode and (sampling.prompt_logprobs[slots] >= 0).any()):
+            return None
+        choice = Choice(int(sampling.choice[slots].max()))
         try:
-            result = graphs.replay(work.slots, choice)
+            found = graphs.replay(work, choice)
         except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
             raise _lost(error, self._transfer.device) from error
-        if result is None:
+        if found is None:
             return None
         if choice is not Choice.LOGITS:
-            return Answer(work.slots, result)
-        return self._sampled(work, _Outcome([np.arange(len(work.slots))], [result]))
+            return Answer(*found)
+        result = found[1]
+        return self._sampled(work, _Outcome([np.arange(len(slots))], [result]))
 
     def _computed(self, work: Work) -> Answer:
         """The step pass by pass, operation by operation."""

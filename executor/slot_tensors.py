@@ -67,6 +67,7 @@ class SlotTensors:
         host = torch.from_numpy(tables)
         self.block_tables = host if transfer.shared else host.to(device)
         self._draw_floats = torch.zeros((3, slots + 1), dtype=torch.float32, device=device)
+        self._draw_floats[1] = 1.0  # top_p, for the scratch slot too
         self._draw_integers = torch.zeros((2, slots + 1), dtype=torch.int64, device=device)
 
     def admit(self, slots: Int, token_rows: list[NDArray[np.int32]], block_rows: list[NDArray[np.int32]]) -> None:

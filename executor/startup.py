@@ -21,13 +21,13 @@ from ..protocol.messages import EngineInfo
 from .backends.base import Backend, KernelsUnavailable
 from .batch import PersistentBatch
 from .checkpoint import Progress
-from .decode_graphs import DecodeGraphs
 from .graph_memory import bytes_of_all
 from .graph_recorder import Recorder
 from .host_pool import HostPool, host_blocks, staging_bytes
 from .kv_cache import KVCache, KVPlan, allowed_length, bytes_per_block, cpu_budget, plan_kv
 from .models.base import Model, ModelSpec
 from .runner import Runner
+from .step_graphs import StepGraphs
 from .threads import usable_cores
 from .transfer import Transfer
 from .warmup import profile_peak, warm_up
@@ -107,7 +107,7 @@ def start(config: EngineConfig, progress: Progress, live: torch.nn.Module | None
         "kv_bytes": plan.total_bytes,
         "host_kv_bytes": swap_room * plan.block_bytes,
         "max_model_len": plan.max_model_len,
-        "decode_graphs": runner.graphs.total if runner.graphs is not None else 0,
+        "graphs": runner.graphs.recordings.total if runner.graphs is not None else 0,
         **clock.seconds,
     }
     return Engine(runner, info, facts, depth=1 if device.type == "cpu" else config.run_ahead)
@@ -179,7 +179,7 @@ def keep_freed_memory() -> None:
 
 
 def plan_memory(config: EngineConfig, model: Model, transfer: Transfer, graphs: bool) -> KVPlan:
-    """How many KV blocks there will be. `graphs`: decode steps will be recorded."""
+    """How many KV blocks there will be. `graphs`: steps will be recorded."""
     if config.num_blocks is not None or model.spec.recompute:
         return plan_kv(config, model.spec, 0, "num_blocks")
     if transfer.shared:
@@ -188,12 +188,12 @@ def plan_memory(config: EngineConfig, model: Model, transfer: Transfer, graphs: 
 
 
 def wants_graphs(config: EngineConfig, model: Model, device: torch.device) -> bool:
-    """Whether decode steps are to be recorded. The recording itself is done between steps, after the start."""
+    """Whether steps are to be recorded. The recording itself is done between steps, after the start."""
     if device.type != "cuda" or config.enforce_eager:
         return False
-    if not model.spec.static:
-        log.info("decode steps of %s run eagerly: model or kernels can't be recorded", model.spec.architecture)
-    return model.spec.static
+    if not model.spec.recordable:
+        log.info("steps of %s run eagerly: model or kernels can't be recorded", model.spec.architecture)
+    return model.spec.recordable
 
 
 def make_runner(
@@ -209,14 +209,14 @@ def make_runner(
     return Runner(model, batch, kv, transfer, host)
 
 
-def make_graphs(model: Model, runner: Runner, transfer: Transfer) -> DecodeGraphs:
-    """Recordings of `runner`'s decode steps, none made yet."""
-    return DecodeGraphs(model, runner.kv, runner.batch.tensors, Recorder(transfer.device), transfer)
+def make_graphs(model: Model, runner: Runner, transfer: Transfer) -> StepGraphs:
+    """Recordings of `runner`'s steps, none made yet."""
+    return StepGraphs(model, runner.kv, runner.batch, Recorder(transfer.device), transfer)
 
 
 def _gpu_budget(config: EngineConfig, model: Model, transfer: Transfer, graphs: bool) -> int:
     """Bytes for keys and values: the share that the engine may use, minus what is used already (by anyone), minus
-    what the largest step and the recorded decode steps need beside, as a profiling run measures it."""
+    what the largest step and the recorded ones need beside, as a profiling run measures it."""
     device = transfer.device
     length = allowed_length(config, model.spec)
     tokens = min(config.max_num_batched_tokens, config.max_num_seqs * length)
@@ -245,7 +245,7 @@ def _gpu_budget(config: EngineConfig, model: Model, transfer: Transfer, graphs: 
 
 
 def _graph_bytes(config: EngineConfig, model: Model, small: KVPlan, transfer: Transfer) -> int:
-    """Bytes that all recordings of decode steps will take, from making some of them over a small cache."""
+    """Bytes that all recordings of steps will take, from making some of them over a small cache."""
 
     def used() -> int:
         torch.cuda.synchronize(transfer.device)
@@ -256,7 +256,7 @@ def _graph_bytes(config: EngineConfig, model: Model, small: KVPlan, transfer: Tr
     runner = make_runner(config, model, small, transfer)
     before = used()
     graphs = make_graphs(model, runner, transfer)
-    return used() - before + bytes_of_all(graphs, used)
+    return used() - before + bytes_of_all(graphs.recordings, used)
 
 
 class _Phases:

@@ -44,7 +44,7 @@ class EngineConfig:
     kv_cache_memory: int | None = None  # bytes, CPU only; None: a quarter of what is free
     threads: int | None = None  # CPU compute threads; None: the cores that the process may use
     seed: int = 0  # of random weights
-    enforce_eager: bool = False  # GPU only: launch decode steps operation by operation instead of as CUDA graphs
+    enforce_eager: bool = False  # GPU only: launch steps operation by operation, none as a recorded CUDA graph
 
     max_num_seqs: int = 256  # requests that run at a time
     max_num_batched_tokens: int = 2048  # tokens computed in one step

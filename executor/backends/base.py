@@ -60,9 +60,9 @@ class Backend(Protocol):
     """The operations of a decoder step. No call synchronises the device or loops in Python over requests."""
 
     name: str
-    # With decode rows only, no operation asks the device anything, and attention's cost follows `seq_lens`, however
-    # large `max_seq_len` is: such a step may be recorded as a CUDA graph and replayed for longer rows.
-    static_decode: bool
+    # No operation asks the device anything, and attention's cost follows `seq_lens`, however large `max_seq_len` is: a
+    # step may be recorded as a CUDA graph and replayed for longer rows.
+    recordable: bool
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """Pack `weight` [out, in] (and `bias` [out]); the caller drops its own reference afterwards."""

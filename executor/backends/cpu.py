@@ -119,7 +119,7 @@ class CpuBackend:
     """`Backend` by C kernels. Raises `KernelsUnavailable` where they cannot be built."""
 
     name = "cpu"
-    static_decode = False
+    recordable = False
 
     def __init__(self) -> None:
         library = load()

@@ -51,7 +51,7 @@ class TorchBackend:
     """`Backend` in plain torch."""
 
     name = "torch"
-    static_decode = False  # gathers keys and values of `max_seq_len` tokens
+    recordable = False  # gathers keys and values of `max_seq_len` tokens
 
     def __init__(self) -> None:
         self._batch: StepBatch | None = None

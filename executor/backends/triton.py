@@ -28,7 +28,7 @@ class TritonBackend(TorchBackend):
     """`Backend` by Triton kernels, for tensors on a CUDA device (or in Triton's interpreter, on any)."""
 
     name = "triton"
-    static_decode = True
+    recordable = True
 
     def __init__(self, table: LinearTable | None = None) -> None:
         """`table`: which products are the kernel's; by default none."""

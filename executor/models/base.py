@@ -28,9 +28,8 @@ class ModelSpec:
     dtype: torch.dtype
     # A model that only maps token ids to logits: the runner hands it every token of a row, each step.
     recompute: bool = False
-    # `forward` asks the device nothing and does the same work for every decode step of one number of rows, so that a
-    # step may be recorded.
-    static: bool = False
+    # `forward` asks the device nothing and does the same for every step of the same shapes, so that it may be recorded.
+    recordable: bool = False
 
 
 class Model(Protocol):

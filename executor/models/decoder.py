@@ -61,7 +61,7 @@ class Decoder:
             vocab_size=config.vocab_size,
             max_model_len=config.max_position,
             dtype=dtype,
-            static=backend.static_decode,
+            recordable=backend.recordable,
         )
         shapes = tensor_shapes(config)
         weights.check(shapes, IGNORED + (("lm_head.weight",) if config.tied else ()))

@@ -55,14 +55,14 @@ class OneThreadEngine:
         assert not wrong, f"requests that did not end by length: {wrong}"
         return [self._tokens[number] for number in range(first, first + len(prompts))]
 
-    def record_decode_steps(self) -> int:
+    def record_steps(self) -> int:
         """Make all recordings, as an idle executor does; how many there are."""
         graphs = self._runner.runner.graphs
-        assert graphs is not None, "decode steps are not recorded here"
+        assert graphs is not None, "steps are not recorded here"
         with torch.inference_mode():
-            while graphs.missing:
-                graphs.record_next()
-        return graphs.total
+            while graphs.recordings.missing:
+                graphs.recordings.record_next()
+        return graphs.recordings.total
 
     @property
     def info(self) -> EngineInfo:

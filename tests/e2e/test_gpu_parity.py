@@ -44,7 +44,7 @@ def test_greedy_tokens_in_float32_are_transformers(name: str, backend: str, grap
     references = greedy_reference(save_checkpoint(name, tmp_path), PROMPTS, NEW_TOKENS)
     engine = OneThreadEngine(str(tmp_path), device="cuda", attention_backend=backend, enforce_eager=not graphs, **TIGHT)
     if graphs:
-        engine.record_decode_steps()
+        engine.record_steps()
     comparison = Comparison()
     comparison.add(references, engine.generate(PROMPTS, GREEDY), "cold")
     comparison.add(references, engine.generate(PROMPTS, GREEDY), "warm")
@@ -58,7 +58,7 @@ def test_graphs_change_no_drawn_token(tmp_path: Path) -> None:
     for eager in (True, False):
         engine = OneThreadEngine(str(tmp_path), device="cuda", attention_backend="triton", enforce_eager=eager, **TIGHT)
         if not eager:
-            engine.record_decode_steps()
+            engine.record_steps()
         said.append(engine.generate(PROMPTS, params))
     assert said[0] == said[1]
 

@@ -1,4 +1,4 @@
-"""The engine with its decode steps recorded says what transformers says, and what it says without recordings.
+"""The engine with its steps recorded says what transformers says, and what it says without recordings.
 
 On a CPU a replay runs the recorded function again: the same buffers, padding and order of things as on a GPU.
 `test_gpu_parity.py` asks the same of real CUDA graphs.
@@ -48,12 +48,12 @@ def start(folder: Path, graphs: bool, monkeypatch: pytest.MonkeyPatch) -> OneThr
             num_blocks=48,
         )
     if graphs:
-        assert engine.record_decode_steps() == 3 * len((1, 2, 4, 8))
+        assert engine.record_steps() == 3 * len((1, 2, 4, 8)) + 2 * len((32, 64))
     return engine
 
 
 @pytest.mark.parametrize("name", ["llama-untied-llama3-rope", "mistral-window", "qwen2-tied", "qwen3-wide-heads"])
-def test_recorded_decode_steps_change_no_token(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorded_steps_change_no_token(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     references = greedy_reference(save_checkpoint(name, tmp_path), PROMPTS, NEW_TOKENS)
     recorded = start(tmp_path, True, monkeypatch)
     comparison = Comparison()
@@ -63,7 +63,7 @@ def test_recorded_decode_steps_change_no_token(name: str, tmp_path: Path, monkey
     assert recorded.stats().preemptions > 0
 
 
-def test_recorded_decode_steps_draw_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorded_steps_draw_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_checkpoint("llama-tied", tmp_path)
     params = [SAMPLED[i % len(SAMPLED)] for i in range(len(PROMPTS))]
     recorded = start(tmp_path, True, monkeypatch).generate(PROMPTS, params)

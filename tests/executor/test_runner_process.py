@@ -91,7 +91,7 @@ def test_an_executor_says_what_it_is_answers_steps_in_order_and_stops_when_told(
     assert tokens == TinyModel().generate([5, 6, 7], 2)
 
 
-def test_an_idle_executor_records_its_decode_steps_and_says_how_far_it_is(
+def test_an_idle_executor_records_its_steps_and_says_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(models, "load_model", lambda *_: TinyModel())
@@ -99,15 +99,15 @@ def test_an_idle_executor_records_its_decode_steps_and_says_how_far_it_is(
     engine = Engine(tmp_path)
     try:
         ready = engine.await_message(engine.control, Ready)
-        assert isinstance(ready, Ready) and ready.facts["decode_graphs"] == 9  # 1, 2 and 4 rows, three ways to choose
+        assert isinstance(ready, Ready) and ready.facts["graphs"] == 17  # 3 sizes, 3 ways to choose; prompts 4 and 2
         done: list[int] = []
-        while done[-1:] != [9]:
+        while done[-1:] != [17]:
             told = engine.await_message(engine.control, Progress)
             assert isinstance(told, Progress)
-            if told.phase == "recording decode steps":
+            if told.phase == "recording steps":
                 done.append(told.done)
-                assert told.total == 9
-        assert done == list(range(1, 10))
+                assert told.total == 17
+        assert done == list(range(1, 18))
     finally:
         engine.close()
 

@@ -1,4 +1,4 @@
-"""Decode steps from recordings say what steps launched operation by operation say.
+"""Steps from recordings say what steps launched operation by operation say.
 
 On a CPU a replay runs the recorded function again, on the same buffers that a GPU would read and write.
 """
@@ -10,11 +10,12 @@ import logging
 import numpy as np
 import pytest
 import torch
-from fast_inference.executor.decode_graphs import DecodeGraphs, recording_order, sizes_up_to
+from fast_inference.executor.decode_graphs import recording_order, sizes_up_to
 from fast_inference.executor.graph_memory import bytes_of_all
 from fast_inference.executor.graph_recorder import Recorder, Work
 from fast_inference.executor.random import stream_keys, stream_keys_tensor
 from fast_inference.executor.sampling_columns import Choice
+from fast_inference.executor.step_graphs import StepGraphs
 from fast_inference.protocol.messages import StepResult
 from fast_inference.protocol.sampling import SamplingParams
 from hypothesis import given, settings
@@ -109,6 +110,63 @@ def test_draws_are_keyed_alike_on_both_sides() -> None:
     assert keys.tolist() == stream_keys(seeds, positions).tolist()
 
 
+# ---- prompts -------------------------------------------------------------------------------------------------------
+
+
+def sizes(model: TinyModel) -> list[int]:
+    """Tokens of each step, padding included."""
+    return [starts[-1] for starts in model.batches]
+
+
+def test_short_prompts_decodes_and_chunks_share_a_recorded_step_in_any_order() -> None:
+    model = TinyModel()
+    driver = Driver(model, slots=6, graphs=True)
+    prompts = [prompt(length, length) for length in (9, 21, 1, 12)]
+    driver.admit(0, prompts[0], PARAMS["few"], seed=4)
+    driver.step({0: 9})
+    driver.admit(1, prompts[1])
+    driver.admit(2, prompts[2], PARAMS["few"], seed=5)
+    model.batches.clear()
+    assert driver.step({0: 1, 1: 10, 2: 1}).slots.tolist() == [0, 2]  # the other's prompt is not through
+    driver.admit(3, prompts[3])
+    assert driver.step({0: 1, 1: 11, 2: 1, 3: 12}).slots.tolist() == [0, 2, 1, 3]  # in the order of the work
+    assert sizes(model) == [32, 32]
+    driver.decode(3)
+    for slot, (params, seed) in enumerate([(PARAMS["few"], 4), (GREEDY, 0), (PARAMS["few"], 5), (GREEDY, 0)]):
+        assert driver.out[slot] == alone(TinyModel(), prompts[slot], params, seed, len(driver.out[slot]))
+
+
+def test_a_step_whose_rows_all_go_on_or_that_is_too_large_or_wants_prompt_logprobs_is_not_replayed() -> None:
+    model = TinyModel()
+    driver = Driver(model, slots=8, graphs=True)
+    model.batches.clear()
+    driver.admit(0, prompt(50, 1))
+    driver.step({0: 20})  # nothing is sampled
+    driver.admit(1, prompt(60, 2))
+    driver.step({0: 30, 1: 60})  # over the largest recording
+    driver.admit(2, prompt(5, 3), SamplingParams(temperature=0.0, prompt_logprobs=1))
+    (told,) = driver.step({2: 5}).prompt_logprobs
+    assert told.top.rows.tolist() == [1, 2, 3, 4]
+    assert sizes(model) == [20, 90, 5]
+    for slot in range(3, 8):
+        driver.admit(slot, prompt(2, slot))
+    driver.step(dict.fromkeys(range(3, 8), 2) | {0: 1, 1: 1, 2: 1})  # no row is left for the padding
+    assert sizes(model)[3:] == [13]
+    for slot, length in {0: 50, 1: 60, 2: 5}.items():
+        assert driver.out[slot] == TinyModel().generate(prompt(length, slot + 1), 2)
+
+
+def test_a_cached_prefix_is_read_in_a_recorded_step() -> None:
+    driver = Driver(TinyModel(), graphs=True)
+    p = prompt(13, 6)
+    driver.admit(0, p)
+    driver.step({0: 13})
+    driver.admit(1, [*p, 9, 8], cached=driver.blocks[0][:3])
+    driver.step({1: 3})
+    driver.decode(2)
+    assert driver.out[1] == TinyModel().generate([*p, 9, 8], 3)
+
+
 # ---- what a replay costs and touches -------------------------------------------------------------------------------
 
 
@@ -170,28 +228,34 @@ def test_one_row_is_recorded_first_then_the_largest_and_down() -> None:
     assert recording_order([1]) == [1]
 
 
+def made(graphs: StepGraphs, kind: str) -> set[int]:
+    return {key.size for key in graphs.recordings._made if key.kind == kind and key.choice is Choice.GREEDY}
+
+
 def test_a_larger_recording_serves_until_the_fitting_one_is_made_next() -> None:
     driver = Driver(TinyModel(), slots=8)
     driver.runner.graphs = graphs = driver.graphs
+    model = driver.runner._model
+    assert isinstance(model, TinyModel)
     driver.admit(0, prompt(4))
     driver.admit(1, prompt(6))
     driver.step({0: 4, 1: 6})
+    driver.decode(1)
+    assert model.batches[-1] == [0, 1, 2]  # no recording yet
     with torch.inference_mode():
-        driver.decode(1)
-        assert graphs.replay(np.array([0, 1]), Choice.GREEDY) is None
-        for _ in range(2):
-            graphs.record_next()  # what was asked for, and one row alone
-        assert set(graphs._recorded[Choice.GREEDY]) == {1, 2}
-        graphs.record_next()
-        assert set(graphs._recorded[Choice.GREEDY]) == {1, 2, 8}
+        for _ in range(3):
+            graphs.recordings.record_next()  # what was asked for, the last first; then one row alone
+    assert made(graphs, "decode") == {1, 2} and made(graphs, "prompt") == {32}
+    with torch.inference_mode():
+        graphs.recordings.record_next()
+    assert made(graphs, "decode") == {1, 2, 8}
     driver.admit(2, prompt(5))
     driver.step({2: 5})
-    model = driver.runner._model
-    assert isinstance(model, TinyModel)
+    assert model.batches[-1] == [0, 5, 6, 7, 8, 9, 10, 11, 32]  # seven rows of padding
     driver.decode(1)
     assert model.batches[-1] == list(range(9))  # three rows in the recording for eight
     with torch.inference_mode():
-        graphs.record_next()
+        graphs.recordings.record_next()
     driver.decode(1)
     assert model.batches[-1] == list(range(5))
     for slot, length in enumerate((4, 6, 5)):
@@ -209,11 +273,11 @@ class Failing(Recorder):
 
 def test_a_recording_that_fails_is_logged_once_and_its_steps_run_eagerly(caplog: pytest.LogCaptureFixture) -> None:
     driver = Driver(TinyModel(), slots=8)
-    tensors = driver.runner.batch.tensors
-    graphs = DecodeGraphs(driver.runner._model, driver.kv, tensors, Failing(torch.device("cpu")), driver.transfer)
+    batch, recorder = driver.runner.batch, Failing(torch.device("cpu"))
+    graphs = StepGraphs(driver.runner._model, driver.kv, batch, recorder, driver.transfer)
     with caplog.at_level(logging.WARNING), torch.inference_mode():
-        while graphs.missing:
-            graphs.record_next()
+        while graphs.recordings.missing:
+            graphs.recordings.record_next()
     assert [r.message for r in caplog.records] == [
         "no graph for decode steps of 8 rows (operation not permitted when stream is capturing): they run eagerly"
     ]
@@ -230,10 +294,11 @@ def test_a_recording_that_fails_is_logged_once_and_its_steps_run_eagerly(caplog:
 
 
 def test_memory_is_reckoned_from_the_largest_and_the_smallest_recordings() -> None:
-    graphs = Driver(TinyModel(), slots=8).graphs  # 1, 2, 4 and 8 rows, three ways to choose
-    readings = iter([1000, 1600, 1630])
+    # Decode steps of 1, 2, 4 and 8 rows, three ways to choose; prompts of 32 and 64 tokens, two ways.
+    recordings = Driver(TinyModel(), slots=8).graphs.recordings
+    readings = iter([1000, 1600, 1650])
     with torch.inference_mode():
-        assert bytes_of_all(graphs, lambda: next(readings)) == 600 + 9 * 10
+        assert bytes_of_all(recordings, lambda: next(readings)) == 600 + (16 - 5) * 10
 
 
 def test_recording_between_two_steps_changes_nothing() -> None:
@@ -243,9 +308,10 @@ def test_recording_between_two_steps_changes_nothing() -> None:
     for slot, own in enumerate(params):
         driver.admit(slot, prompt(3 + 5 * slot, slot), own, seed=slot)
     driver.finish_prompts()
-    while driver.graphs.missing:
+    recordings = driver.graphs.recordings
+    while recordings.missing:
         driver.decode(1)
         with torch.inference_mode():
-            driver.graphs.record_next()
-    eager, _ = serve(False, params, driver.graphs.total)
+            recordings.record_next()
+    eager, _ = serve(False, params, recordings.total)
     assert driver.out == eager.out

@@ -25,7 +25,7 @@ class Work:
         return StepResult(number=self._number, slots=none, tokens=none)
 
 
-class Graphs:
+class Recordings:
     """`missing` recordings to be made."""
 
     def __init__(self, missing: int, events: list[str]) -> None:
@@ -45,7 +45,8 @@ class World:
 
     def __init__(self, steps: int, depth: int, done: bool = False, missing: int = 0) -> None:
         self.events: list[str] = []
-        self.graphs = Graphs(missing, self.events) if missing else None
+        self.recordings = Recordings(missing, self.events)
+        self.graphs = self if missing else None
         self.socket = self
         self.results: list[Message] = []
         self.progress_told: list[tuple[str, int, int]] = []
@@ -93,17 +94,15 @@ def test_one_at_a_time_is_awaited_before_the_next_is_taken() -> None:
 def test_an_idle_executor_makes_all_recordings_and_then_sleeps(done: bool) -> None:
     world = World(1, depth=2, done=done, missing=3)
     assert world.run() == ["launch 1", "finish 1", "record", "record", "record", "wait"]
-    assert world.progress_told == [("recording decode steps", n, 3) for n in (1, 2, 3)]
+    assert world.progress_told == [("recording steps", n, 3) for n in (1, 2, 3)]
 
 
 def test_under_load_one_recording_in_some_steps_is_made_and_only_a_wanted_one() -> None:
     world = World(3 * RECORD_EVERY, depth=2, missing=9)
-    assert world.graphs is not None
     launch = world.launch
 
     def wanting(step: Step) -> Work:
-        assert world.graphs is not None
-        world.graphs.wanted = step.number > RECORD_EVERY
+        world.recordings.wanted = step.number > RECORD_EVERY
         return launch(step)
 
     world.launch = wanting  # type: ignore[method-assign]

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from fast_inference.executor.backends.base import KVLayer, StepBatch
 from fast_inference.executor.batch import PersistentBatch
-from fast_inference.executor.decode_graphs import DecodeGraphs
 from fast_inference.executor.graph_recorder import Recorder
 from fast_inference.executor.kv_cache import KVCache, KVPlan, bytes_per_block
 from fast_inference.executor.models.base import ModelSpec
 from fast_inference.executor.pending import Pending
 from fast_inference.executor.runner import Runner
+from fast_inference.executor.step_graphs import StepGraphs
 from fast_inference.executor.transfer import Transfer
 from fast_inference.protocol.messages import Admit, Step, StepResult
 from fast_inference.protocol.sampling import SamplingParams
@@ -100,19 +100,19 @@ class Driver:
         max_model_len: int = 64,
         graphs: bool = False,
     ) -> None:
-        """`graphs`: decode steps are recorded, all of them before the first."""
+        """`graphs`: steps are recorded, all of them before the first."""
         self.transfer = transfer = Transfer(model.embed.device)
         plan = KVPlan(num_blocks, max_model_len, bytes_per_block(model.spec, block_size))
         batch = PersistentBatch(slots, max_model_len, block_size, num_blocks, VOCAB, transfer)
         self.kv = KVCache(model.spec, plan, block_size, transfer.device)
         recorder = Recorder(transfer.device)
-        self.graphs = DecodeGraphs(model, self.kv, batch.tensors, recorder, transfer)
+        self.graphs = StepGraphs(model, self.kv, batch, recorder, transfer)
         self.runner = Runner(model, batch, self.kv, transfer)
         if graphs:
             self.runner.graphs = self.graphs
         with torch.inference_mode():
-            while graphs and self.graphs.missing:
-                self.graphs.record_next()
+            while graphs and self.graphs.recordings.missing:
+                self.graphs.recordings.record_next()
         self.block_size = block_size
         self.free = np.random.default_rng(1).permutation(num_blocks).tolist()
         self.blocks: dict[int, list[int]] = {}

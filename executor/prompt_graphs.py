@@ -1,0 +1,138 @@
+"""Steps of a few short prompts, recorded for some numbers of tokens: what a small model's first token waits for is the
+launching of its kernels, not their work.
+
+Owns the sizes, the buffers of the layout, and its padding. Unlike a decode step such a step is told where each token
+stands, in one copy. Must not know CUDA (`graph_recorder.py`) or messages.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .backends.base import StepBatch
+from .batch import PersistentBatch, Work
+from .kv_cache import KVCache
+from .layout import Int, Pass, lay_out
+from .models.base import Model
+from .pending import pack
+from .recorded_sampling import drawn, greedy
+from .recordings import Key, Recordings
+from .sampling_columns import Choice
+from .transfer import Transfer
+
+KIND = "prompt"
+SIZES = (32, 64, 128, 256, 512)  # tokens of a step: with more, the device is busy for longer than launching takes
+ROWS = 8  # one of them at least is padding
+LONGEST = 1024  # tokens of a row with its cached prefix: a longer one is cut along its keys otherwise
+
+
+class PromptGraphs:
+    """Recorded prompt steps over `batch`."""
+
+    def __init__(
+        self, model: Model, kv: KVCache, batch: PersistentBatch, recordings: Recordings, transfer: Transfer
+    ) -> None:
+        device = transfer.device
+        self._model, self._kv, self._batch = model, kv, batch
+        self._recordings, self._transfer = recordings, transfer
+        self._longest = min(LONGEST, batch.max_model_len)
+        self.sizes = [size for size in SIZES if size <= batch.max_model_len]
+        most = SIZES[-1]
+        self._tokens = torch.zeros((3, most), dtype=torch.int64, device=device)  # positions, flat_tokens, slot_mapping
+        self._starts = torch.zeros(ROWS + 1, dtype=torch.int64, device=device)
+        # slots, seq_lens, logits_at; where the new token goes: slot, known tokens
+        self._rows = torch.zeros((5, ROWS), dtype=torch.int64, device=device)
+
+    def plan(self, choice: Choice) -> None:
+        """Have a recording made for each size. Steps that end with their logits are not recorded."""
+        if choice is not Choice.LOGITS:
+            for size in reversed(self.sizes):
+                work = partial(self._compute, choice, size)
+                self._recordings.plan(Key(KIND, choice, size), work, partial(self._clear, size))
+
+    def replay(self, work: Work, choice: Choice) -> tuple[Int, Tensor] | None:
+        """One step, or None where no recording is there for it or can be.
+
+        Returns the slots [R] that got a token, and what `pack` makes of the tokens: [2, R or more], the rest is
+        padding's. The next replay overwrites it.
+        """
+        rows, total = len(work.slots), int(work.counts.sum())
+        if rows >= ROWS or choice is Choice.LOGITS or not work.samples.any():
+            return None
+        if int((work.starts + work.counts).max()) > self._longest:
+            return None
+        found = self._recordings.smallest(KIND, choice, self.sizes, total + ROWS - rows)
+        if found is None:
+            return None
+        size, recorded = found
+        order = np.argsort(~work.samples, kind="stable")  # rows that get a token come first, as they were
+        part = Pass(
+            order, work.slots[order], work.starts[order], work.counts[order], work.samples[order], np.zeros(rows, int)
+        )
+        self._fill(size, part, work.lengths[order])
+        return part.slots[part.samples], recorded()
+
+    def _clear(self, size: int) -> None:
+        """Make the buffers those of a step of padding."""
+        none = np.empty(0, np.int64)
+        self._fill(size, Pass(none, none, none, none, np.empty(0, np.bool_), none), none)
+
+    def _fill(self, size: int, part: Pass, lengths: Int) -> None:
+        """Put `part`, filled up with padding to `size` tokens in `ROWS` rows, into the buffers. Each row that is left
+        over gets one token, the last what remains."""
+        batch, rows = self._batch, len(part.slots)
+        scratch = batch.tensors.scratch
+        tokens = np.zeros((3, size), np.int64)
+        tokens[1] = scratch * batch.row_tokens
+        tokens[2] = batch.num_blocks * batch.block_size
+        counts = np.ones(ROWS, np.int64)
+        counts[:rows] = part.counts
+        counts[-1] += size - int(counts.sum())
+        table = np.ones((5, ROWS), np.int64)
+        table[0], table[3] = scratch, scratch
+        table[1] = counts
+        if rows:
+            layout = lay_out(part, batch.tables, batch.block_size, batch.row_tokens)
+            used = len(layout.positions)
+            tokens[0, :used], tokens[1, :used], tokens[2, :used] = (
+                layout.positions,
+                layout.flat_tokens,
+                layout.slot_mapping,
+            )
+            sampled = int(part.samples.sum())
+            table[0, :rows], table[1, :rows] = part.slots, layout.seq_lens
+            table[3, :sampled], table[4, :sampled] = part.slots[:sampled], lengths[:sampled]
+        starts = np.concatenate((np.zeros(1, np.int64), np.cumsum(counts)))
+        table[2] = starts[1:] - 1
+        new_tokens, new_starts, new_rows = self._transfer.up(tokens, starts, table)
+        self._tokens[:, :size].copy_(new_tokens)
+        self._starts.copy_(new_starts)
+        self._rows.copy_(new_rows)
+
+    def _compute(self, choice: Choice, size: int) -> Tensor:
+        """The work that is recorded."""
+        tensors = self._batch.tensors
+        positions, flat_tokens, slot_mapping = self._tokens[:, :size]
+        slots, seq_lens, logits_at, to_slots, lengths = self._rows
+        batch = StepBatch(
+            positions=positions,
+            slot_mapping=slot_mapping,
+            block_tables=tensors.block_tables.index_select(0, slots),
+            query_start=self._starts.to(torch.int32),
+            seq_lens=seq_lens.to(torch.int32),
+            num_decodes=0,
+            max_query_len=size,
+            max_seq_len=self._longest,
+        )
+        token_ids = tensors.token_ids.view(-1).index_select(0, flat_tokens).to(torch.int64)
+        logits = self._model.forward(token_ids, batch, self._kv.layers, logits_at)
+        if choice is Choice.GREEDY:
+            tokens, best = greedy(logits)
+        else:
+            tokens, best = drawn(logits, lengths, tensors.draws(to_slots))
+        tensors.append(to_slots, lengths, tokens)
+        return pack(tokens, best)
