@@ -17,8 +17,7 @@ from .backends.base import StepBatch
 from .kv_cache import KVCache
 from .layout import Int
 from .models.base import Model
-from .pending import pack
-from .recorded_sampling import drawn, greedy
+from .recorded_sampling import choose
 from .recordings import Key, Recordings
 from .sampling_columns import Choice
 from .slot_tensors import SlotTensors
@@ -112,9 +111,4 @@ class DecodeGraphs:
         logits = self._model.forward(rows.token_ids, batch, self._kv.layers, self._counting[:size])
         if choice is Choice.LOGITS:
             return self._logits[:size].copy_(logits)
-        if choice is Choice.GREEDY:
-            tokens, best = greedy(logits, self._tensors.kernels)
-        else:
-            tokens, best = drawn(logits, rows.lengths, self._tensors.draws(slots), self._tensors.kernels)
-        self._tensors.append(slots, rows.lengths, tokens)
-        return pack(tokens, best)
+        return choose(choice, logits, slots, rows.lengths, self._tensors)

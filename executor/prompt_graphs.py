@@ -18,8 +18,7 @@ from .batch import PersistentBatch, Work
 from .kv_cache import KVCache
 from .layout import Int, Pass, lay_out
 from .models.base import Model
-from .pending import pack
-from .recorded_sampling import drawn, greedy
+from .recorded_sampling import choose
 from .recordings import Key, Recordings
 from .sampling_columns import Choice
 from .transfer import Transfer
@@ -130,9 +129,4 @@ class PromptGraphs:
         )
         token_ids = tensors.token_ids.view(-1).index_select(0, flat_tokens).to(torch.int64)
         logits = self._model.forward(token_ids, batch, self._kv.layers, logits_at)
-        if choice is Choice.GREEDY:
-            tokens, best = greedy(logits)
-        else:
-            tokens, best = drawn(logits, lengths, tensors.draws(to_slots))
-        tensors.append(to_slots, lengths, tokens)
-        return pack(tokens, best)
+        return choose(choice, logits, to_slots, lengths, tensors)

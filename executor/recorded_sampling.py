@@ -1,20 +1,33 @@
-"""Choosing tokens in a recorded decode step: the same work whatever the rows want, parameters read from the device.
+"""Choosing tokens in a recorded step: the same work whatever the rows want, parameters read from the device.
 
 Owns the two ways of choosing that a recorded step has (`sampling_columns.Choice`); the tokens are those that
-`sampler.py` chooses for the same rows. Must not know slots, blocks or graphs. Shapes: B rows, V vocabulary.
+`sampler.py` chooses for the same rows. Must not know blocks or graphs. Shapes: B rows, V vocabulary.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn import functional
 
 from . import logits as edits
+from .pending import pack
 from .random import stream_keys_tensor
 from .sampler import GROUP, best_tokens, draw
-from .slot_tensors import DrawColumns
+from .sampling_columns import Choice
+from .slot_tensors import DrawColumns, SlotTensors
 from .step_kernels import StepKernels
+
+
+def choose(choice: Choice, logits: Tensor, slots: Tensor, lengths: Tensor, tensors: SlotTensors) -> Tensor:
+    """A token for each row of `logits` [B, V] float32, made the next one of its slot: `slots` [B] int64 know `lengths`
+    [B] int64 tokens. Returns what `pack` makes of the tokens."""
+    if choice is Choice.GREEDY:
+        tokens, best = greedy(logits, tensors.kernels)
+    else:
+        tokens, best = drawn(logits, lengths, tensors.draws(slots), tensors.kernels)
+    tensors.append(slots, lengths, tokens)
+    return pack(tokens, best)
 
 
 def greedy(logits: Tensor, kernels: StepKernels | None) -> tuple[Tensor, Tensor]:
@@ -40,6 +53,6 @@ def drawn(logits: Tensor, lengths: Tensor, columns: DrawColumns, kernels: StepKe
     least = edits.least_kept(weights, columns.top_k, columns.top_p, columns.min_p, [size])
     weights.mul_(edits.at_least(weights, least))
     if short := -logits.shape[1] % GROUP:
-        weights = pad(weights, (0, short))
+        weights = functional.pad(weights, (0, short))
     tokens = draw(weights, stream_keys_tensor(columns.seed, lengths)).clamp_(max=logits.shape[1] - 1)
     return torch.where(random, tokens, likeliest), best
