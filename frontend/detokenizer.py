@@ -6,6 +6,7 @@ know how text is made. Speaks to the scheduler (`tokens` in, `requests` out) and
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ def run(config: EngineConfig, endpoints: Endpoints, wire: Wire, control: Control
     control.progress("loading the tokenizer")
     started = time.monotonic()
     vocabulary = None if config.skip_tokenizer_init else _load(config)
+    gc.freeze()  # what is loaded stays: a full collection that walked it would hold up every stream
     control.ready(seconds=round(time.monotonic() - started, 3))
     _Loop(DetokenizerCore(vocabulary), tokens, text, requests).run(wire, control)
 

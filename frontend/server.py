@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import socket
 import time
@@ -96,6 +97,7 @@ class _Frontend:
         http = None if http_socket is None else await self._start_http(link, siblings, http_socket)
         try:
             if await self._until_ready(link):
+                gc.freeze()  # what is loaded stays: a full collection that walked it would hold up every stream
                 self._control.ready(port=http_socket.getsockname()[1] if http_socket else 0)
                 await self._stopping.wait()
             order = self._control.shutdown
