@@ -115,14 +115,16 @@ class RequestTable:
         parts: dict[int, _Part] = {}
         for item in batch.prompt_logprobs:
             self._prompt_logprobs(item, parts)
-        if len(batch.keys) and len(self._keys):
+        if len(batch.keys) == 1:
+            self._one_row(batch, now, out, woken, parts)
+        elif len(batch.keys) and len(self._keys):
             slots = np.minimum(batch.keys & (MAX_SEQUENCES - 1), len(self._keys) - 1)
             owners = np.where(self._keys[slots] == batch.keys, self._owners[slots], NOBODY)
             self._time_rows(slots[(owners != NOBODY) & (batch.counts > 0)], now, out)
             first = int(owners[0])  # one owner for all is the usual case, and np.unique is dear for a small batch
             for owner in [first] if (owners == first).all() else np.unique(owners).tolist():
                 if owner == LOCAL:
-                    self._local_rows(batch, slots, owners, woken)
+                    self._local_rows(batch, np.flatnonzero(owners == LOCAL).tolist(), slots.tolist(), woken)
                 elif owner != NOBODY:
                     part = parts.setdefault(owner, _Part())
                     part.rows = self._rows_of(batch, slots, owners, owner)
@@ -132,6 +134,28 @@ class RequestTable:
         out.outgoing = [(owner, part.message()) for owner, part in parts.items()]
         return out
 
+    def _one_row(
+        self, batch: TextBatch, now: float, out: Delivery, woken: dict[int, Stream], parts: dict[int, _Part]
+    ) -> None:
+        """The batch of a request that runs alone: somebody waits for it, and arithmetic on columns is dear for one row."""
+        key = int(batch.keys[0])
+        entry = self._find(key)
+        if entry is None:
+            return
+        slot = key & (MAX_SEQUENCES - 1)
+        if batch.counts[0] > 0:
+            last = float(self._last[slot])
+            if last == 0.0:
+                out.first_waits = np.array([now - float(self._started[slot])])
+            else:
+                out.token_gaps = np.array([now - last])
+            self._last[slot] = now
+        if entry.stream is not None:
+            self._local_rows(batch, [0], [slot], woken)
+        else:
+            keys, indexes = np.array([entry.client_key], np.int64), np.array([entry.index], np.int32)
+            parts.setdefault(entry.owner, _Part()).rows = _renamed(batch, keys, indexes)
+
     def _time_rows(self, slots: NDArray[np.int64], now: float, out: Delivery) -> None:
         last = self._last[slots]
         first = last == 0.0
@@ -139,12 +163,10 @@ class RequestTable:
         out.token_gaps = now - last[~first]
         self._last[slots] = now
 
-    def _local_rows(
-        self, batch: TextBatch, slots: NDArray[np.int64], owners: NDArray[np.int32], woken: dict[int, Stream]
-    ) -> None:
-        rows = np.flatnonzero(owners == LOCAL).tolist()
+    def _local_rows(self, batch: TextBatch, rows: list[int], at: list[int], woken: dict[int, Stream]) -> None:
+        """`rows`: which of the batch's are local; `at`: the slots of all."""
         starts = (np.cumsum(batch.counts) - batch.counts).tolist()
-        counts, token_ids, texts, at = batch.counts.tolist(), batch.token_ids.tolist(), batch.texts, slots.tolist()
+        counts, token_ids, texts = batch.counts.tolist(), batch.token_ids.tolist(), batch.texts
         records = None if batch.logprobs is None else by_row(batch.logprobs, batch.logprob_texts)
         entries = self._entries
         for row in rows:
@@ -165,15 +187,7 @@ class RequestTable:
     def _rows_of(self, batch: TextBatch, slots: NDArray[np.int64], owners: NDArray[np.int32], owner: int) -> TextBatch:
         mine = owners == owner
         if mine.all():  # one client has the whole batch: only the names of the rows change
-            return TextBatch(
-                keys=self._client_keys[slots],
-                indexes=self._indexes[slots],
-                texts=batch.texts,
-                counts=batch.counts,
-                token_ids=batch.token_ids,
-                logprobs=batch.logprobs,
-                logprob_texts=batch.logprob_texts,
-            )
+            return _renamed(batch, self._client_keys[slots], self._indexes[slots])
         tokens = np.repeat(mine, batch.counts)
         logprobs, logprob_texts = (
             (None, []) if batch.logprobs is None else select(batch.logprobs, batch.logprob_texts, tokens)
@@ -263,6 +277,19 @@ class RequestTable:
                 siblings.remove(key)
                 if not siblings:
                     del self._by_client[entry.owner, entry.client_key]
+
+
+def _renamed(batch: TextBatch, keys: NDArray[np.int64], indexes: NDArray[np.int32]) -> TextBatch:
+    """The rows of `batch` under a client's own names."""
+    return TextBatch(
+        keys=keys,
+        indexes=indexes,
+        texts=batch.texts,
+        counts=batch.counts,
+        token_ids=batch.token_ids,
+        logprobs=batch.logprobs,
+        logprob_texts=batch.logprob_texts,
+    )
 
 
 class _Part:

@@ -189,3 +189,32 @@ async def test_every_token_reaches_its_owner_once_and_every_sequence_ends_once(a
     assert len(table) == len(live)
     assert {names[name]: count for name, count in got.items()} == sent
     assert sorted(names[name] for name in ends) == sorted(dead)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["native", "local", "late"]), st.integers(0, 3)), max_size=8))
+def test_a_row_alone_is_shared_out_as_it_is_among_others(history: list[tuple[str, int]]) -> None:
+    alone, among = RequestTable(), RequestTable()
+    keys: dict[str, list[int]] = {"late": [12345]}
+    streams: list[Stream] = []
+    for table in (alone, among):
+        keys["native"] = table.open_native(3, 9, 2, 1.0)[1:]
+        streams.append(table.open_local(1, 1.0))
+        keys["local"] = streams[-1].keys
+    for now, (kind, count) in enumerate(history, start=2):
+        (key,) = keys[kind]
+        one = alone.deliver(batch([key], [count]), float(now))
+        many = among.deliver(batch([key, 54321], [count, 0]), float(now))
+        assert one.first_waits.tolist() == many.first_waits.tolist()
+        assert one.token_gaps.tolist() == many.token_gaps.tolist()
+        assert [_named(part) for part in one.outgoing] == [_named(part) for part in many.outgoing]
+        assert (one.woken, many.woken) == (([streams[0]], [streams[1]]) if kind == "local" else ([], []))
+    pieces = [stream.piece(0) for stream in streams]
+    assert pieces[0].texts == pieces[1].texts and pieces[0].token_ids == pieces[1].token_ids
+    assert pieces[0].count == pieces[1].count
+
+
+def _named(part: tuple[int, TextBatch]) -> tuple[object, ...]:
+    owner, got = part
+    columns = (got.keys, got.indexes, got.counts, got.token_ids)
+    return owner, got.texts, *((column.dtype, column.tolist()) for column in columns)
