@@ -137,7 +137,7 @@ class RequestTable:
     def _one_row(
         self, batch: TextBatch, now: float, out: Delivery, woken: dict[int, Stream], parts: dict[int, _Part]
     ) -> None:
-        """The batch of a request that runs alone: somebody waits for it, and arithmetic on columns is dear for one row."""
+        """The batch of a request that runs alone: somebody waits, and arithmetic on columns is dear for one row."""
         key = int(batch.keys[0])
         entry = self._find(key)
         if entry is None:

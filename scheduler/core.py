@@ -19,7 +19,6 @@ their last known token, in order.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +49,7 @@ from .planner import Planner
 from .policies import make_policy
 from .preemption import Preemptor
 from .prefix import extend_hashes
-from .request import REASONS, Request, RequestState
+from .request import REASONS, Request, RequestState, request_of
 from .stats import Totals, snapshot
 from .step_model import StepModel
 from .stories import Stories
@@ -275,7 +274,8 @@ class SchedulerCore:
             # an end would reach the stream that has the key already
             self._log("warning", f"{sender!r} submitted key {submit.key} again while it is in use: ignored")
             return
-        request = self._request_of(submit, now, sender)
+        self._last_number += 1
+        request = request_of(submit, self._last_number, now, sender)
         self._streams.open(request)
         full = self._refuse_for_now()
         if full is not None:
@@ -285,27 +285,6 @@ class SchedulerCore:
             not_started(request, now)
         else:
             self._check_in(request, now)
-
-    def _request_of(self, submit: Submit, now: float, sender: str) -> Request:
-        self._last_number += 1
-        eos = () if submit.params.ignore_eos else submit.eos_token_ids
-        return Request(
-            number=self._last_number,
-            frontend=sender,
-            key=submit.key,
-            request_id=submit.request_id,
-            params=submit.params,
-            seed=submit.seed,
-            eos_token_ids=eos,
-            stop_token_ids=tuple(dict.fromkeys(eos + submit.params.stop_token_ids)),
-            priority=submit.priority,
-            client=submit.client,
-            deadline=math.inf if submit.deadline_ms is None else now + submit.deadline_ms / 1000.0,
-            cache_salt=submit.cache_salt,
-            tokens=submit.prompt_token_ids,
-            num_prompt=len(submit.prompt_token_ids),
-            arrival=now,
-        )
 
     def _refuse_for_now(self) -> Overloaded | None:
         most = self.config.max_num_queued_reqs

@@ -6,6 +6,7 @@ ways. A move that is not in the table raises `InvalidTransition` with the reques
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..protocol.errors import EngineError
+from ..protocol.messages import Submit
 from ..protocol.sampling import SamplingParams
 from .timeline import Entry, Mark
 
@@ -131,3 +133,25 @@ class Request:
             )
         self.state = state
         self.story.append((now, state))
+
+
+def request_of(submit: Submit, number: int, now: float, frontend: str) -> Request:
+    """What `frontend` has submitted, as the request `number` that arrived at `now`."""
+    eos = () if submit.params.ignore_eos else submit.eos_token_ids
+    return Request(
+        number=number,
+        frontend=frontend,
+        key=submit.key,
+        request_id=submit.request_id,
+        params=submit.params,
+        seed=submit.seed,
+        eos_token_ids=eos,
+        stop_token_ids=tuple(dict.fromkeys(eos + submit.params.stop_token_ids)),
+        priority=submit.priority,
+        client=submit.client,
+        deadline=math.inf if submit.deadline_ms is None else now + submit.deadline_ms / 1000.0,
+        cache_salt=submit.cache_salt,
+        tokens=submit.prompt_token_ids,
+        num_prompt=len(submit.prompt_token_ids),
+        arrival=now,
+    )
