@@ -126,6 +126,10 @@ def least_kept(
             if by_mass == 1:
                 total = _kept_mass(logits, order, active, floor, top_k, vocab, best, temperature, GROUP, TILE)
                 wanted = top_p.to(tl.float64) * total
+                # All weights under this amount to no more than half of what may go, so none of them is the cut.
+                sure = ((1.0 - top_p.to(tl.float64)) * total / (2.0 * vocab)).to(tl.float32)
+                floor = tl.maximum(floor, sure.to(tl.int32, bitcast=True))
+                active = list_groups(maxima, floor, order, PAD)
             floor = _smallest(
                 logits, order, active, floor - 1, high, wanted, by_mass == 1, vocab, best, temperature, GROUP, TILE
             )
