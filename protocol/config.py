@@ -145,6 +145,8 @@ def _check(c: EngineConfig) -> None:
     within("shutdown_timeout", 0, 86400)
     if c.journal == "":
         raise InvalidRequest("journal must be a file's path, got ''", param="journal")
+    if c.journal_redact and c.journal is None:
+        raise InvalidRequest("journal_redact needs a journal to redact, got True without one", param="journal_redact")
     if c.preemption == "swap" and not c.kv_offloading_size:
         raise InvalidRequest(
             "preemption swap needs host memory: kv_offloading_size must be more than 0, got 0", param="preemption"

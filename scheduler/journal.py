@@ -55,7 +55,8 @@ class Header:
     snapshot: Any = None
 
     def pack(self) -> bytes:
-        settings = self.config.replace(api_key=None, journal=None)  # the key is a secret, the path no setting of a core
+        # the key is a secret, and a core knows nothing of journals
+        settings = self.config.replace(api_key=None, journal=None, journal_redact=False)
         return _pack(
             {
                 "format": FORMAT,
@@ -147,16 +148,16 @@ class Reader:
             fields = None
         if not isinstance(fields, dict) or fields.get("format") != FORMAT:
             raise JournalError(f"{self.path} is no journal of fast_inference")
-        if fields["version"] != FORMAT_VERSION or fields["protocol"][0] != PROTOCOL_VERSION[0]:
+        version, protocol = fields.get("version"), fields.get("protocol")
+        if version != FORMAT_VERSION or not isinstance(protocol, list) or protocol[:1] != [PROTOCOL_VERSION[0]]:
             raise JournalError(
-                f"{self.path} has journal version {fields['version']} and protocol {fields['protocol']}, this is "
-                f"version {FORMAT_VERSION} and protocol {list(PROTOCOL_VERSION)}"
+                f"{self.path} has journal version {version} and protocol {protocol}, this is version {FORMAT_VERSION} "
+                f"and protocol {list(PROTOCOL_VERSION)}"
             )
         try:
-            config = EngineConfig(**fields["config"])
-        except (TypeError, InvalidRequest) as error:  # a setting that this version does not have
+            return Header(EngineConfig(**fields["config"]), fields["redacted"], fields["snapshot"])
+        except (KeyError, TypeError, InvalidRequest) as error:  # a setting that this version does not have
             raise JournalError(f"{self.path} was written with other settings: {error}") from error
-        return Header(config, fields["redacted"], fields["snapshot"])
 
 
 def _pack(value: Any) -> bytes:

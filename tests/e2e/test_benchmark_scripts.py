@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fast_inference.scheduler.replay import replay
 
 from .small_checkpoints import save_checkpoint
 
@@ -120,3 +121,13 @@ def test_streaming_counts_every_token_through_two_frontends(tiny_folder: str) ->
     run = report["frontends-2"]["median"]
     assert run["tokens_per_second"] > 0 and run["tokens_per_chunk"] >= 1.0
     assert set(run["cpu_us_per_token"]) == {"scheduler", "executor", "detokenizer", "frontend", "client"}
+
+
+def test_throughput_with_a_journal_is_held_against_that_without(tiny_folder: str, tmp_path: Path) -> None:
+    journal, result = tmp_path / "journal", tmp_path / "journal.json"
+    sizes = ("--requests", "4", "--tokens", "20", "--runs", "1", "--json", str(result))
+    done = run_step_overhead("--model", tiny_folder, "--no-text", "--journal", str(journal), *sizes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(result.read_text())["journal"]
+    assert set(report["tokens_per_second"]) == {"without", "with"} and report["best"] > 0
+    assert replay(journal).difference is None

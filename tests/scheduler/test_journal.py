@@ -6,6 +6,7 @@ import errno
 import io
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import pytest
 from fast_inference.protocol.codec import decode, encode
@@ -173,6 +174,22 @@ def test_a_file_that_ends_within_a_record_replays_up_to_there(tmp_path: Path) ->
 def test_what_is_no_journal_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "j").write_bytes(content)
     with pytest.raises(JournalError, match="is no journal"):
+        replay(tmp_path / "j")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"version": 99}, "has journal version 99"),
+        ({"protocol": [7, 0]}, r"protocol \[7, 0\]"),
+        ({"config": {"new_setting": 1}}, "other settings: .*new_setting"),
+        ({"config": {"port": -1}}, "other settings: port must be"),
+    ],
+)
+def test_a_journal_of_another_version_is_refused(tmp_path: Path, changes: dict[str, object], problem: str) -> None:
+    header = msgpack.unpackb(Header(EngineConfig(), redacted=False).pack())
+    (tmp_path / "j").write_bytes(msgpack.packb({**header, **changes}))
+    with pytest.raises(JournalError, match=problem):
         replay(tmp_path / "j")
 
 
