@@ -9,6 +9,7 @@ import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,7 +46,7 @@ def simulate(
     ],
     policy: Annotated[str, typer.Option("--policy", "--scheduling-policy", help="the scheduling policy")] = "fcfs",
     compare: Annotated[
-        str | None, typer.Option("--compare", metavar="A,B,..", help="these policies, as a table")
+        str | None, typer.Option("--compare", metavar="A,B,..", help="several policies, as a table")
     ] = None,
     speed_up: Annotated[
         str, typer.Option("--speed-up", metavar="X[,Y..]", help="of the trace's clock; several: a run for each")
@@ -82,6 +83,8 @@ def simulate(
 
     if plot is not None:
         charts.check_file(plot)
+    if as_json is not None and not as_json.absolute().parent.is_dir():
+        raise typer.BadParameter(f"--json must be in a folder that exists, got {str(as_json)!r}")
     calibration = find_calibration(calibrate)
     requests = read_trace(trace)
     count = len(requests) if num_prompts is None else num_prompts
@@ -95,24 +98,17 @@ def simulate(
         router=router,
         max_tokens=max_tokens,
     )
-    deadline = _range(deadline_ms)
-    policies = [name.strip() for name in (compare or policy).split(",")]
-    chosen = list(
-        runs(
-            setup,
-            policies,
-            _numbers(speed_up),
-            lambda speed: shaped(
-                requests,
-                requests=count,
-                speed_up=speed,
-                scale_tokens=scale_tokens,
-                clients=clients,
-                deadline=deadline,
-                seed=seed,
-            ),
-        )
+    workload = partial(
+        shaped,
+        requests,
+        requests=count,
+        scale_tokens=scale_tokens,
+        clients=clients,
+        deadline=_range(deadline_ms),
+        seed=seed,
     )
+    policies = [name.strip() for name in (compare or policy).split(",")]
+    chosen = list(runs(setup, policies, _numbers(speed_up), lambda speed: workload(speed_up=speed)))
     with _collector_at_rest(), _progress(chosen) as progress:
         done = run_all(chosen, progress)
     _print(done, calibration.name)

@@ -79,8 +79,14 @@ def shaped(
     `InvalidRequest` naming the argument that is out of range.
     """
     count = len(trace) if requests is None else requests
-    for name, value, low in (("requests", count, 1), ("speed_up", speed_up, 1e-6), ("clients", clients, 1)):
-        if value < low:
+    least: dict[str, tuple[float, float]] = {
+        "requests": (count, 1),
+        "speed_up": (speed_up, 1e-6),
+        "scale_tokens": (scale_tokens, 1e-6),
+        "clients": (clients, 1),
+    }
+    for name, (value, low) in least.items():
+        if not value >= low:
             raise InvalidRequest(f"{name} must be at least {low:g}, got {value:g}", param=name)
     if deadline is not None and not 0 < deadline[0] <= deadline[1]:
         raise InvalidRequest(

@@ -63,7 +63,9 @@ def test_a_wrong_setting_is_named_with_its_value(trace: str, flags: tuple[str, s
         run("--trace", trace, *flags)
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--speed-up", "fast"), ("--deadline-ms", "1-x"), ("--block-size", "0")])
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--speed-up", "fast"), ("--deadline-ms", "1-x"), ("--block-size", "0"), ("--json", "no/where")]
+)
 def test_a_flag_that_can_not_be_read_is_a_usage_error(trace: str, flag: str, value: str) -> None:
     result = CliRunner().invoke(app, ["simulate", "--trace", trace, flag, value])
     assert result.exit_code == 2

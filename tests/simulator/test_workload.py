@@ -73,6 +73,7 @@ def test_clients_and_deadlines_are_drawn_from_the_seed(tmp_path: Path) -> None:
     [
         ({"requests": 0}, "requests must be at least 1, got 0"),
         ({"speed_up": 0.0}, "speed_up must be at least 1e-06, got 0"),
+        ({"scale_tokens": float("nan")}, "scale_tokens must be at least 1e-06, got nan"),
         ({"clients": 0}, "clients must be at least 1, got 0"),
         ({"deadline": (2.0, 1.0)}, "deadline must be 0 < low <= high seconds, got 2 and 1"),
     ],
