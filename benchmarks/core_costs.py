@@ -134,9 +134,9 @@ def vllm_costs(python: Path) -> dict[str, Any]:
     }
     script = Path(__file__).with_name("vllm_scheduler.py")
     alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [str(python), str(script), json.dumps(job)], capture_output=True, text=True, timeout=PEER_SECONDS, env=alone
-    )
+    # -P: this folder is not on its path, where vLLM would find modules of ours under names that it knows
+    command = [str(python), "-P", str(script), json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PEER_SECONDS, env=alone)
     figures = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not figures:
         reason = "\n".join(done.stderr.splitlines()[-5:])
