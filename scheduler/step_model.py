@@ -18,6 +18,7 @@ UNBOUNDED = 2**31 - 1  # tokens: the model knows of no cost that would set a lim
 TERMS = 4
 REMEMBERED = 128  # steps of each kind: an older one weighs less than 1/e
 KEEP = 1.0 - 1.0 / REMEMBERED
+LEAST_SECONDS = 1e-9  # what claims to have taken less was not measured
 LEAST_STEPS = 8  # before anything is said
 LEAST_PREFILLS = 4  # of them with prompt tokens, before a prompt's cost is told
 REFIT_STEPS = 16  # a fit is used for so many further steps
@@ -64,7 +65,7 @@ class StepModel:
     def observe(self, prefill_tokens: int, rows: int, context: int, seconds: float) -> None:
         """A step took `seconds`, with `prefill_tokens` known tokens in chunks, `rows` rows of one token, and
         `context` tokens whose keys its rows read, their own among them."""
-        if seconds > 0.0:
+        if seconds >= LEAST_SECONDS:
             fresh = self._fresh_prefills if prefill_tokens else self._fresh_decodes
             fresh.append((prefill_tokens, rows, context, seconds))
 

@@ -6,6 +6,12 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run: a test passes or fails by what was changed, not by luck. Whoever hunts for rare cases
+# raises max_examples for a while.
+settings.register_profile("same examples", derandomize=True)
+settings.load_profile("same examples")
 
 # Before anything loads OpenMP: tests share their cores, and a thread that spins takes them from the others.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
