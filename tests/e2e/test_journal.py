@@ -13,21 +13,25 @@ import httpx
 
 from .engine_process import EngineProcess, run_command
 
-REQUESTS = 200
-TOKENS = 24
+REQUESTS, SEQUENCES = 25, 8  # sequences of one request come together: they outgrow the pool however slow the machine is
+TOKENS = 40  # 3 blocks with the prompt; 8 sequences start with 1 each
+BLOCKS = 16
 
 
-async def test_two_hundred_requests_with_preemptions_are_explained_and_replay(tiny_folder: str, tmp_path: Path) -> None:
+async def test_two_hundred_sequences_with_preemptions_are_explained_and_replay(
+    tiny_folder: str, tmp_path: Path
+) -> None:
     journal = tmp_path / "journal"
-    flags = ["--served-model-name", "tiny", "--num-blocks", "24", "--max-num-seqs", "16", "--journal", str(journal)]
-    with EngineProcess(tiny_folder, *flags) as engine:
+    flags = ["--served-model-name", "tiny", "--num-blocks", str(BLOCKS), "--max-num-seqs", "16"]
+    with EngineProcess(tiny_folder, *flags, "--journal", str(journal)) as engine:
         engine.wait_ready()
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=engine.url, timeout=240, limits=limits) as client:
             measured = await asyncio.gather(*(complete(client, number) for number in range(REQUESTS)))
             preemptions = 0
             for name, begun, ended in measured:
-                preemptions += check(await timeline(client, name), begun, ended)
+                for story in await timelines(client, name):
+                    preemptions += check(story, begun, ended)
             assert preemptions > 0
         engine.process.send_signal(signal.SIGTERM)
         engine.process.wait(60)
@@ -37,20 +41,20 @@ async def test_two_hundred_requests_with_preemptions_are_explained_and_replay(ti
 
 async def complete(client: httpx.AsyncClient, number: int) -> tuple[str, float, float]:
     """One completion; its id, and when it was sent and answered."""
-    body = {"model": "tiny", "prompt": f"{number} hello world", "max_tokens": TOKENS, "ignore_eos": True}
+    body = {"model": "tiny", "prompt": f"{number} hello", "max_tokens": TOKENS, "ignore_eos": True, "n": SEQUENCES}
     begun = time.time()
     answer = await client.post("/v1/completions", json=body)
     assert answer.status_code == 200, answer.text
-    assert answer.json()["usage"]["completion_tokens"] == TOKENS
+    assert answer.json()["usage"]["completion_tokens"] == TOKENS * SEQUENCES
     return answer.json()["id"], begun, time.time()
 
 
-async def timeline(client: httpx.AsyncClient, name: str) -> dict[str, Any]:
+async def timelines(client: httpx.AsyncClient, name: str) -> list[dict[str, Any]]:
     answer = await client.get(f"/v1/requests/{name}/timeline")
     assert answer.status_code == 200, answer.text
-    (sequence,) = answer.json()["sequences"]
-    told: dict[str, Any] = sequence
-    return told
+    sequences: list[dict[str, Any]] = answer.json()["sequences"]
+    assert [sequence["id"] for sequence in sequences] == [f"{name}-{index}" for index in range(SEQUENCES)]
+    return sequences
 
 
 def check(story: dict[str, Any], begun: float, ended: float) -> int:
