@@ -63,8 +63,8 @@ def from_journal(request_id: str, path: Path) -> dict[str, Any]:
     with progress_bar(f"replaying {path.name}") as advance:
         done = replay(path, advance, followed=names)
     if done.difference is not None:
-        print(f"the journal does not replay as it was; shown is what it gives up to there\n{done.difference}",
-              file=sys.stderr)  # fmt: skip
+        warning = "the journal does not replay as it was; shown is what it gives up to there"
+        print(f"{warning}\n{done.difference}", file=sys.stderr)
     told = done.core.timelines(names, done.last)
     if not told:
         raise NotFound(f"no request `{request_id:.200}` is in {path}")
@@ -113,14 +113,10 @@ def table(sequence: dict[str, Any]) -> Table:
     """One line for each span, and the sum."""
     whole = sequence["end_to_end_seconds"]
     out = Table(box=None, pad_edge=False, header_style="underline")
-    for name, justify in (
-        ("at s", "right"),
-        ("seconds", "right"),
-        ("share", "right"),
-        ("what", "left"),
-        ("why", "left"),
-    ):
-        out.add_column(name, justify="right" if justify == "right" else "left")
+    for name in ("at s", "seconds", "share"):
+        out.add_column(name, justify="right")
+    for name in ("what", "why"):
+        out.add_column(name)
     for span in sequence["spans"]:
         share = span["seconds"] / whole if whole else 0.0
         what = Text(span["kind"], style=LOOKS.get(span["kind"], OTHER)[1])
