@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+from fast_inference.launch.child import die_with_parent
+from fast_inference.launch.rundir import read_card
 from fast_inference.protocol.actor import Control
 from fast_inference.protocol.channel import Wire
 from fast_inference.protocol.config import EngineConfig
@@ -101,6 +103,7 @@ def spoken_tokens(config: EngineConfig) -> np.ndarray:
 
 
 def main(run_dir: str, ledger_file: str) -> None:
+    die_with_parent(read_card(Path(run_dir)).pid)
     endpoints = Endpoints(run_dir)
     config = EngineConfig.from_json(endpoints.config_file.read_text())
     wire = Wire()
