@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -225,7 +226,9 @@ def cores_alone(options: argparse.Namespace) -> dict[str, Any]:
     """The core's costs and, where they were asked for, those of vLLM's scheduler beside them."""
     if options.peer == "vllm":
         check_peer(options.peer_python)
-    figures: dict[str, Any] = {"cpu_core": bind_to_one_core(), "core": core_costs(), "codec": {"core": codec_costs()}}
+    # on a busy machine steps of milliseconds are interrupted, those of microseconds are not: the load tells
+    figures: dict[str, Any] = {"cpu_core": bind_to_one_core(), "load_average": os.getloadavg()[0]}
+    figures |= {"core": core_costs(), "codec": {"core": codec_costs()}}
     if options.peer == "vllm":
         figures["vllm"] = vllm_costs(options.peer_python)
         figures["codec"]["vllm"] = figures["vllm"].pop("codec")
