@@ -105,7 +105,7 @@ def fitted(steps: Sequence[MeasuredStep], **others: Any) -> Calibration:
     """The calibration that explains `steps` best; `others` are the fields that steps say nothing about.
 
     Least squares with no coefficient below zero; a step's error counts the less the longer it took, as its spread
-    grows with it. Raises `InvalidRequest` for fewer than 8 steps.
+    grows with it. All steps together take as long as they did. Raises `InvalidRequest` for fewer than 8 steps.
     """
     if len(steps) < LEAST_STEPS:
         raise InvalidRequest(f"steps must be at least {LEAST_STEPS}, got {len(steps)}", param="steps")
@@ -113,6 +113,8 @@ def fitted(steps: Sequence[MeasuredStep], **others: Any) -> Calibration:
     seconds = np.array([step.seconds for step in steps])
     weight = 1 / np.sqrt(np.maximum(seconds, 1e-9))
     found = _non_negative(rows * weight[:, None], seconds * weight)
+    # what weights take from slow steps is given back to all: throughput and queues depend on the sum
+    found *= seconds.sum() / max(float((rows @ found).sum()), 1e-12)
     return Calibration(**dict(zip(TERMS, found.tolist(), strict=True)), **others)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -45,6 +46,16 @@ def test_a_fit_of_noisy_steps_is_near_and_has_no_negative_cost() -> None:
     assert found.per_token == pytest.approx(1e-4, rel=0.2)
     assert found.per_row == pytest.approx(1e-3, rel=0.2)
     assert min(getattr(found, term) for term in TERMS) >= 0
+
+
+def test_all_steps_together_take_as_long_as_they_did() -> None:
+    steps = steps_of(0.02, 1e-4, 1e-3, 1e-6)
+    hiccups = [
+        dataclasses.replace(step, seconds=3 * step.seconds) if n % 10 == 0 else step for n, step in enumerate(steps)
+    ]
+    found = fitted(hiccups, name="fit")
+    foretold = sum(found.seconds(step.prefill_tokens, step.rows, step.context) for step in hiccups)
+    assert foretold == pytest.approx(sum(step.seconds for step in hiccups))
 
 
 def test_too_few_steps_are_refused_with_their_number() -> None:
