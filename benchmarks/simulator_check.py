@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
     add_model_options(parser)
     parser.add_argument("--trace", type=Path, required=True, help="CSV of arrivals and lengths")
     parser.add_argument("--num-prompts", type=int, default=64, help="that are compared; as many more calibrate")
-    parser.add_argument("--speed-up", type=float, default=10.0, help="of the trace's clock")
+    parser.add_argument("--speed-up", type=float, default=3.0, help="of the trace's clock")
     parser.add_argument("--scale-tokens", type=float, default=0.1, help="shortens the trace's prompts and outputs")
     parser.add_argument("--step-ms", type=float, help="no model: an executor that takes so long for every step")
     parser.add_argument("--max-num-seqs", type=int, default=32)
