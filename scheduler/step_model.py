@@ -11,7 +11,8 @@ answers on every machine. Owns the fit; must not know requests, clocks or messag
 from __future__ import annotations
 
 from collections import deque
-from itertools import combinations
+
+from .least_squares import non_negative
 
 UNBOUNDED = 2**31 - 1  # tokens: the model knows of no cost that would set a limit
 
@@ -23,7 +24,6 @@ LEAST_STEPS = 8  # before anything is said
 LEAST_PREFILLS = 4  # of them with prompt tokens, before a prompt's cost is told
 REFIT_STEPS = 16  # a fit is used for so many further steps
 FASTEST = 0.5  # of the time foretold: what was faster counts as this, or one failed step would outweigh many
-RIDGE = 1e-7  # relative; tells apart what the steps seen did not
 
 Row = tuple[float, float, float, float]
 Step = tuple[int, int, int, float]
@@ -123,49 +123,9 @@ class StepModel:
             for j in range(i, TERMS):
                 square[i][j] = square[j][i] = one.square[i][j] + two.square[i][j]
         right = [one.right[i] + two.right[i] for i in range(TERMS)]
-        # columns differ by orders of magnitude: bring each to length one
-        scale = [square[i][i] ** 0.5 or 1.0 for i in range(TERMS)]
-        square = [[square[i][j] / (scale[i] * scale[j]) + (RIDGE if i == j else 0.0) for j in range(TERMS)]
-                  for i in range(TERMS)]  # fmt: skip
-        right = [right[i] / scale[i] for i in range(TERMS)]
-        solution = _non_negative(square, right)
-        return (solution[0] / scale[0], solution[1] / scale[1], solution[2] / scale[2], solution[3] / scale[3])
+        solution = non_negative(square, right)
+        return (solution[0], solution[1], solution[2], solution[3])
 
 
 def _dot(a: Row, b: Row) -> float:
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3]
-
-
-def _non_negative(square: list[list[float]], right: list[float]) -> list[float]:
-    """The x >= 0 with the least x' square x - 2 right' x. With four unknowns every set of those that are not zero
-    can be tried; most of the time the first, of all four, is it."""
-    best, least = [0.0] * TERMS, 0.0
-    for size in range(TERMS, 0, -1):
-        for chosen in combinations(range(TERMS), size):
-            part = _solved([[square[i][j] for j in chosen] for i in chosen], [right[i] for i in chosen])
-            if min(part) < 0.0:
-                continue
-            value = -sum(x * right[i] for x, i in zip(part, chosen, strict=True))
-            if value < least:
-                least, best = value, [0.0] * TERMS
-                for x, i in zip(part, chosen, strict=True):
-                    best[i] = x
-        if size == TERMS and least < 0.0:
-            break
-    return best
-
-
-def _solved(matrix: list[list[float]], right: list[float]) -> list[float]:
-    """Gaussian elimination; the ridge keeps every pivot of this positive definite matrix away from zero."""
-    size = len(right)
-    for column in range(size):
-        for row in range(column + 1, size):
-            factor = matrix[row][column] / matrix[column][column]
-            for k in range(column, size):
-                matrix[row][k] -= factor * matrix[column][k]
-            right[row] -= factor * right[column]
-    out = [0.0] * size
-    for row in range(size - 1, -1, -1):
-        rest = sum(matrix[row][k] * out[k] for k in range(row + 1, size))
-        out[row] = (right[row] - rest) / matrix[row][row]
-    return out

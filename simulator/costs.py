@@ -11,14 +11,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..protocol.errors import InvalidRequest
+from ..scheduler.least_squares import non_negative
 
 TERMS = ("base", "per_token", "per_row", "per_context")
 LEAST_STEPS = 8  # two for each coefficient
@@ -112,25 +111,11 @@ def fitted(steps: Sequence[MeasuredStep], **others: Any) -> Calibration:
     rows = np.array([(1, step.prefill_tokens, step.rows, step.context) for step in steps], np.float64)
     seconds = np.array([step.seconds for step in steps])
     weight = 1 / np.sqrt(np.maximum(seconds, 1e-9))
-    found = _non_negative(rows * weight[:, None], seconds * weight)
+    weighted = rows * weight[:, None]
+    found = np.array(non_negative((weighted.T @ weighted).tolist(), (weighted.T @ (seconds * weight)).tolist()))
     # what weights take from slow steps is given back to all: throughput and queues depend on the sum
     found *= seconds.sum() / max(float((rows @ found).sum()), 1e-12)
     return Calibration(**dict(zip(TERMS, found.tolist(), strict=True)), **others)
-
-
-def _non_negative(matrix: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The x >= 0 with the least |matrix x - target|: the best of those found with some columns left out."""
-    best, least = np.zeros(matrix.shape[1]), float(target @ target)
-    scale = np.sqrt((matrix * matrix).sum(axis=0))
-    scale[scale == 0] = 1.0  # columns differ by orders of magnitude: bring each to length one
-    for size in range(matrix.shape[1], 0, -1):
-        for chosen in combinations(range(matrix.shape[1]), size):
-            part = np.linalg.lstsq(matrix[:, chosen] / scale[list(chosen)], target, rcond=None)[0]
-            wrong = matrix[:, chosen] @ (part / scale[list(chosen)]) - target
-            if part.min() >= 0 and float(wrong @ wrong) < least:
-                best, least = np.zeros(matrix.shape[1]), float(wrong @ wrong)
-                best[list(chosen)] = part / scale[list(chosen)]
-    return best
 
 
 def _from_values(values: dict[str, Any], path: Path) -> Calibration:
