@@ -76,7 +76,7 @@ def simulate(
 ) -> None:
     """Predict latency and throughput of a trace: the real scheduler, a virtual clock, a device's measured costs."""
     from ..simulator import plot as charts
-    from ..simulator.comparison import chart, report, run_all, runs
+    from ..simulator.comparison import runs
     from ..simulator.measured import find_calibration
     from ..simulator.simulation import Setup
     from ..simulator.workload import read_trace, shaped
@@ -109,9 +109,16 @@ def simulate(
     )
     policies = [name.strip() for name in (compare or policy).split(",")]
     chosen = list(runs(setup, policies, _numbers(speed_up), lambda speed: workload(speed_up=speed)))
+    _run(chosen, calibration.name, as_json, plot)
+
+
+def _run(chosen: Sequence[Run], calibration: str, as_json: Path | None, plot: Path | None) -> None:
+    from ..simulator import plot as charts
+    from ..simulator.comparison import chart, report, run_all
+
     with _collector_at_rest(), _progress(chosen) as progress:
         done = run_all(chosen, progress)
-    _print(done, calibration.name)
+    _print(done, calibration)
     if as_json is not None:
         as_json.write_text(json.dumps(report(done), indent=2) + "\n")
     if plot is not None:
