@@ -105,7 +105,7 @@ def _launch(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "row_tiles"])  # else 1, 16 and 17 rows would each be compiled
 def _product(
     x, weight, bias, residual, out, rows, size, width, row_tiles, steps,
     GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, WHOLE: tl.constexpr,
@@ -157,7 +157,7 @@ def _sum_parts(parts, row, column, inside, rows, size, SPLITS: tl.constexpr, TIL
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _finish(
     parts, bias, residual, out, rows, size,
     SPLITS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, TILE: tl.constexpr,
@@ -173,7 +173,7 @@ def _finish(
     tl.store(out + row * size + column, total, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _finish_norm(
     parts, bias, residual, norm, normed, total, rows, size, eps,
     SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,

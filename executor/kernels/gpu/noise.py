@@ -52,7 +52,7 @@ def noisy_log(weight, noise):
     return tl.where(there, tl.log(tl.where(there, weight, 1.0).to(tl.float64)) + noise, -float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _stream_keys(seeds, positions, keys, count, TILE: tl.constexpr):
     place = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = place < count

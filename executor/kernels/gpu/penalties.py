@@ -79,7 +79,7 @@ def _penalize(logits, counts, rows, presence, frequency, repetition, vocab, row_
     tl.store(target, value - (tl.load(frequency + row) * times + once), seen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _add_bias(logits, rows, tokens, values, count, row_stride, TILE: tl.constexpr):
     place = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = place < count
