@@ -44,11 +44,10 @@ from gpu_floors import (
     shape_of,
     target,
 )
-from gpu_runs import run_offline, run_online, seconds_of
+from gpu_runs import run_offline, run_online, seconds_of, settle
 from report import console, machine, write_json
 from rich.table import Table
 
-SETTLE_SECONDS = 20.0  # for an idle engine to record its steps, which it does after it is ready
 ONLINE = "online"
 
 
@@ -91,7 +90,7 @@ def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
         with llm:
             started = time.perf_counter() - began
             cells["startup"] = {"figures": {"startup": started}}
-            time.sleep(SETTLE_SECONDS)
+            cells["startup"]["recording_seconds"] = settle(llm)
             for warm_up in first_warm_ups():
                 seconds_of(llm, warm_up)
             for name, cell in offline_cells().items():
@@ -105,9 +104,7 @@ def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
                     run = asyncio.run(run_online(llm.endpoint, online_requests(rate, args.online_seconds)))
                     figures = {f"online {rate} {kind}": run[f"{kind}_ms"]["p99"] for kind in ("ttft", "itl")}
                     cells[f"online {rate}"] = {**run, "figures": figures}
-            stats = llm.get_stats()
-    gap = stats.gap_seconds / stats.gaps if stats.gaps else None
-    return {"model": model, "cells": cells, "mean_gap_seconds": gap}
+    return {"model": model, "cells": cells}
 
 
 def floors(model: str, card: str | None) -> dict[str, float]:
@@ -199,8 +196,9 @@ def main() -> int:
         write_json(args.json, report)  # what is measured stays, should a later model fail
     for run in report["models"]:
         console.print(draw(run, name))
-        if run["mean_gap_seconds"] is not None:
-            console.print(f"the device stood still for {run['mean_gap_seconds'] * 1e6:.1f} us between decode steps")
+        gaps = {name: cell["gap_seconds"] for name, cell in run["cells"].items() if cell.get("gap_seconds")}
+        told = ", ".join(f"{name} {seconds * 1e6:.1f} us" for name, seconds in gaps.items())
+        console.print(f"the device stood still between two decode steps, in the mean: {told}")
     return 0
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from fast_inference import LLM, AsyncClient, SamplingParams
 from fast_inference.protocol.sampling import RequestOutputKind
-from gpu_cells import Cell
+from gpu_cells import Cell, alike
 from workloads import Request
 
 SHORT_REPEATS = 9  # of a cell that takes milliseconds
@@ -44,7 +44,7 @@ def seconds_of(llm: LLM, cell: Cell) -> float:
     prompts = [{"prompt_token_ids": request.prompt_token_ids} for request in cell.requests]
     params = [_params(request, **cell.sampling) for request in cell.requests]
     start = time.perf_counter()
-    outputs = llm.generate(prompts, params)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
     tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
     if tokens != cell.output_tokens:
@@ -52,9 +52,31 @@ def seconds_of(llm: LLM, cell: Cell) -> float:
     return seconds
 
 
+def settle(llm: LLM, patience: float = 60.0) -> float:
+    """Wait until an idle engine has recorded all its steps, which it does after it is ready; how many seconds that
+    took. Raises `RuntimeError` where it takes more than `patience`."""
+    began = time.perf_counter()
+    while True:
+        seconds_of(llm, Cell("one token", alike(1, 8, 1)))
+        taken = time.perf_counter() - began
+        if not (missing := llm.get_stats().steps_to_record):
+            return taken
+        if taken > patience:
+            raise RuntimeError(f"{missing} steps are still not recorded after {taken:.0f} s")
+        time.sleep(0.5)
+
+
 def run_offline(llm: LLM, cell: Cell, repeats: int) -> dict[str, Any]:
-    """The figures of a cell, after a warm-up on its own prompts."""
+    """The figures of a cell, after a warm-up on its own prompts, and the device's mean gap between its decode steps."""
     seconds_of(llm, cell.warm_up())
+    before = llm.get_stats()
+    found = _measured(llm, cell, repeats)
+    after = llm.get_stats()
+    gaps = after.gaps - before.gaps
+    return found | {"gap_seconds": (after.gap_seconds - before.gap_seconds) / gaps if gaps else None}
+
+
+def _measured(llm: LLM, cell: Cell, repeats: int) -> dict[str, Any]:
     if cell.name == "single":
         return _run_single(llm, cell, repeats)
     if cell.name == "prefill1":

@@ -96,8 +96,8 @@ class Pending:
         """Whether `finish` would return at once."""
         return self._landed.done()
 
-    def finish(self) -> StepResult:
-        """Wait for the device and say what it sampled."""
+    def finish(self, steps_to_record: int = 0) -> StepResult:
+        """Wait for the device and say what it sampled, and how many recordings are still to be made."""
         self._landed.wait()
         tokens, logprobs, slots = np.empty(0, np.int32), None, np.empty(0, np.int32)
         if self._packed is not None:
@@ -120,6 +120,7 @@ class Pending:
             seconds=self._computed.seconds_since(self._started),
             gap_seconds=None if self._before is None else self._started.seconds_since(self._before),
             copy_seconds=0.0 if self._copied_from is None else self._started.seconds_since(self._copied_from),
+            steps_to_record=steps_to_record,
         )
 
     def _sampled_logprobs(self, tokens: np.ndarray, good: np.ndarray) -> TopLogprobs | None:

@@ -94,7 +94,7 @@ class StepLoop:
             self._flush()
             if len(self._pending) < self._depth and (step := self._next_step()) is not None:
                 self._pending.append(self._runner.launch(step))
-                self._patience = time.monotonic() + SPIN_SECONDS
+                self._be_patient()
             elif self._pending:
                 if self._must_finish():
                     self._finish_oldest()
@@ -114,8 +114,14 @@ class StepLoop:
         another step may still come and be launched behind it; one that has not come soon will not."""
         return len(self._pending) == self._depth or self._pending[0].done() or time.monotonic() > self._patience
 
+    def _be_patient(self) -> None:
+        """Look for the next step for a while: one has just come, or been asked for by a result."""
+        self._patience = time.monotonic() + SPIN_SECONDS
+
     def _finish_oldest(self) -> None:
-        self.send(self._pending.popleft().finish())
+        recordings = self._recordings()
+        self.send(self._pending.popleft().finish(0 if recordings is None else recordings.missing))
+        self._be_patient()
 
     def _record_if_wanted(self) -> None:
         """Between steps, make a recording only where a step has just missed it, and not too often."""

@@ -24,8 +24,9 @@ from .sampling_columns import Choice
 from .transfer import Transfer
 
 KIND = "prompt"
-SIZES = (32, 64, 128, 256, 512)  # tokens of a step: with more, the device is busy for longer than launching takes
-ROWS = 8  # one of them at least is padding
+# Tokens of a step: with more, the device is busy for longer than launching takes.
+SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512)
+ROWS = 8  # the last is padding
 LONGEST = 1024  # tokens of a row with its cached prefix: a longer one is cut along its keys otherwise
 
 
@@ -64,7 +65,7 @@ class PromptGraphs:
             return None
         if int((work.starts + work.counts).max()) > self._longest:
             return None
-        found = self._recordings.smallest(KIND, choice, self.sizes, total + ROWS - rows)
+        found = self._recordings.smallest(KIND, choice, self.sizes, total)
         if found is None:
             return None
         size, recorded = found
@@ -81,16 +82,16 @@ class PromptGraphs:
         self._fill(size, Pass(none, none, none, none, np.empty(0, np.bool_), none), none)
 
     def _fill(self, size: int, part: Pass, lengths: Int) -> None:
-        """Put `part`, filled up with padding to `size` tokens in `ROWS` rows, into the buffers. Each row that is left
-        over gets one token, the last what remains."""
+        """Put `part`, filled up with padding to `size` tokens, into the buffers: the last row gets what is left of
+        them, and those before it that are left over have no tokens."""
         batch, rows = self._batch, len(part.slots)
         scratch = batch.tensors.scratch
         tokens = np.zeros((3, size), np.int64)
         tokens[1] = scratch * batch.row_tokens
         tokens[2] = batch.num_blocks * batch.block_size
-        counts = np.ones(ROWS, np.int64)
+        counts = np.zeros(ROWS, np.int64)
         counts[:rows] = part.counts
-        counts[-1] += size - int(counts.sum())
+        counts[-1] = size - int(counts.sum())
         table = np.ones((5, ROWS), np.int64)
         table[0], table[3] = scratch, scratch
         table[1] = counts
@@ -106,7 +107,7 @@ class PromptGraphs:
             table[0, :rows], table[1, :rows] = part.slots, layout.seq_lens
             table[3, :sampled], table[4, :sampled] = part.slots[:sampled], lengths[:sampled]
         starts = np.concatenate((np.zeros(1, np.int64), np.cumsum(counts)))
-        table[2] = starts[1:] - 1
+        table[2] = np.maximum(starts[1:], 1) - 1
         new_tokens, new_starts, new_rows = self._transfer.up(tokens, starts, table)
         self._tokens[:, :size].copy_(new_tokens)
         self._starts.copy_(new_starts)

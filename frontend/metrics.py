@@ -186,6 +186,7 @@ class Metrics:
             ("host_kv_blocks_used", "Host KV blocks of preempted requests and of copies.", s.host_used_blocks),
             ("host_kv_blocks_cached", "Host KV blocks kept for a prefix hit only.", s.host_cached_blocks),
             ("step_seconds", "Seconds on the device of the last step.", s.step_seconds),
+            ("steps_to_record", "CUDA graphs that are still to be made, between the work.", s.steps_to_record),
         ):
             gauge = GaugeMetricFamily(PREFIX + name, text, labels=names)
             gauge.add_metric(values, value)

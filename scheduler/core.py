@@ -245,6 +245,7 @@ class SchedulerCore:
             empty = StepResult(number=batch.in_flight[0].number, slots=result.slots[:0], tokens=result.tokens[:0])
             self._apply(batch, preemptor, empty, now)
         self.totals.step_seconds = result.seconds
+        self.totals.steps_to_record = result.steps_to_record
         if result.gap_seconds is not None:
             self.totals.gaps += 1
             self.totals.gap_seconds += result.gap_seconds

@@ -21,6 +21,7 @@ class Totals:
     step_seconds: float = 0.0  # of the last step
     gaps: int = 0  # decode steps that followed a decode step
     gap_seconds: float = 0.0  # between those, all together
+    steps_to_record: int = 0  # as the last step's result told
     preemptions: int = 0
     swap_preemptions: int = 0
     swapped_out_blocks: int = 0
@@ -74,4 +75,5 @@ def snapshot(totals: Totals, batch: Batch | None, *, waiting: int, token: int) -
         step_seconds=totals.step_seconds,
         gaps=totals.gaps,
         gap_seconds=totals.gap_seconds,
+        steps_to_record=totals.steps_to_record,
     )

@@ -21,7 +21,8 @@ from torch import Tensor
 class StepBatch:
     """Where the tokens of one step stand. All tensors live on the model's device.
 
-    Rows with one query token (decode) come before rows with more; `num_decodes` says how many there are.
+    Rows with one query token (decode) come before rows with more; `num_decodes` says how many there are. A row of
+    padding, which a recorded step may have, has none.
     """
 
     positions: Tensor  # [T] int64: index of each token in its request

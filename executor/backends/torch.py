@@ -124,7 +124,8 @@ class TorchBackend:
             parts.append(self._attend_decodes(q, kv, batch, scale, window, soft_cap))
         if batch.num_decodes < batch.seq_lens.shape[0]:
             for row, (start, end, seq_len) in enumerate(self._prompt_bounds(batch), batch.num_decodes):
-                parts.append(self._attend_prompt(q[start:end], kv, batch, row, seq_len, scale, window, soft_cap))
+                if start < end:
+                    parts.append(self._attend_prompt(q[start:end], kv, batch, row, seq_len, scale, window, soft_cap))
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return out.to(q.dtype).flatten(1)
 

@@ -114,6 +114,7 @@ class Stats:
     step_seconds: float = 0.0  # device-side time of the last step, as the executor measured it
     gaps: int = 0  # decode steps that followed a decode step
     gap_seconds: float = 0.0  # the device's idle time between those, all together
+    steps_to_record: int = 0  # recordings that the executor has still to make, as its last result told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -88,3 +88,4 @@ class StepResult:
     seconds: float = 0.0  # from the start of the step's work on the device to its end, without the swaps
     gap_seconds: float | None = None  # the device's idle time since the step before, where both only decode
     copy_seconds: float = 0.0  # on the device, for the blocks swapped out and in
+    steps_to_record: int = 0  # that are launched operation by operation until they are

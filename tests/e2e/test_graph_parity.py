@@ -48,7 +48,7 @@ def start(folder: Path, graphs: bool, monkeypatch: pytest.MonkeyPatch) -> OneThr
             num_blocks=48,
         )
     if graphs:
-        assert engine.record_steps() == 3 * len((1, 2, 4, 8)) + 2 * len((32, 64))
+        assert engine.record_steps() == 3 * len((1, 2, 4, 8)) + 2 * len((16, 32, 64, 96))
     return engine
 
 

@@ -130,7 +130,7 @@ def test_short_prompts_decodes_and_chunks_share_a_recorded_step_in_any_order() -
     assert driver.step({0: 1, 1: 10, 2: 1}).slots.tolist() == [0, 2]  # the other's prompt is not through
     driver.admit(3, prompts[3])
     assert driver.step({0: 1, 1: 11, 2: 1, 3: 12}).slots.tolist() == [0, 2, 1, 3]  # in the order of the work
-    assert sizes(model) == [32, 32]
+    assert sizes(model) == [16, 32]
     driver.decode(3)
     for slot, (params, seed) in enumerate([(PARAMS["few"], 4), (GREEDY, 0), (PARAMS["few"], 5), (GREEDY, 0)]):
         assert driver.out[slot] == alone(TinyModel(), prompts[slot], params, seed, len(driver.out[slot]))
@@ -245,13 +245,13 @@ def test_a_larger_recording_serves_until_the_fitting_one_is_made_next() -> None:
     with torch.inference_mode():
         for _ in range(3):
             graphs.recordings.record_next()  # what was asked for, the last first; then one row alone
-    assert made(graphs, "decode") == {1, 2} and made(graphs, "prompt") == {32}
+    assert made(graphs, "decode") == {1, 2} and made(graphs, "prompt") == {16}
     with torch.inference_mode():
         graphs.recordings.record_next()
     assert made(graphs, "decode") == {1, 2, 8}
     driver.admit(2, prompt(5))
     driver.step({2: 5})
-    assert model.batches[-1] == [0, 5, 6, 7, 8, 9, 10, 11, 32]  # seven rows of padding
+    assert model.batches[-1] == [0, *[5] * 7, 16]  # six rows without tokens, and one of padding
     driver.decode(1)
     assert model.batches[-1] == list(range(9))  # three rows in the recording for eight
     with torch.inference_mode():
@@ -294,11 +294,11 @@ def test_a_recording_that_fails_is_logged_once_and_its_steps_run_eagerly(caplog:
 
 
 def test_memory_is_reckoned_from_the_largest_and_the_smallest_recordings() -> None:
-    # Decode steps of 1, 2, 4 and 8 rows, three ways to choose; prompts of 32 and 64 tokens, two ways.
+    # Decode steps of 1, 2, 4 and 8 rows, three ways to choose; prompts of 16, 32 and 64 tokens, two ways.
     recordings = Driver(TinyModel(), slots=8).graphs.recordings
     readings = iter([1000, 1600, 1650])
     with torch.inference_mode():
-        assert bytes_of_all(recordings, lambda: next(readings)) == 600 + (16 - 5) * 10
+        assert bytes_of_all(recordings, lambda: next(readings)) == 600 + (18 - 5) * 10
 
 
 def test_recording_between_two_steps_changes_nothing() -> None:

@@ -19,10 +19,10 @@ class Work:
     def done(self) -> bool:
         return self._done
 
-    def finish(self) -> StepResult:
+    def finish(self, steps_to_record: int) -> StepResult:
         self._events.append(f"finish {self._number}")
         none = np.empty(0, np.int32)
-        return StepResult(number=self._number, slots=none, tokens=none)
+        return StepResult(number=self._number, slots=none, tokens=none, steps_to_record=steps_to_record)
 
 
 class Recordings:
@@ -84,6 +84,30 @@ class World:
 def test_with_room_for_two_the_next_step_is_launched_before_the_last_is_awaited() -> None:
     order = ["launch 1", "launch 2", "finish 1", "launch 3", "finish 2", "finish 3", "wait"]
     assert World(3, depth=2).run() == order  # the last is waited for although it is never found to be done
+
+
+def test_a_step_that_a_result_asks_for_is_launched_behind_the_one_under_way_however_long_steps_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the scheduler does it: two steps at first, another soon after each result. A step takes 5 ms."""
+    world = World(6, depth=2)
+    now, receive, send = [0.0], world.receive, world.send
+    arrivals = deque([0.0, 0.0])
+
+    def timed_receive() -> tuple[str, Step] | None:
+        now[0] += 0.0001
+        return receive() if arrivals and arrivals[0] <= now[0] and arrivals.popleft() is not None else None
+
+    def answering_send(message: Message) -> bool:
+        now[0] += 0.005
+        arrivals.append(now[0] + 0.0005)
+        return send(message)
+
+    monkeypatch.setattr("fast_inference.executor.process.time.monotonic", lambda: now[0])
+    world.receive, world.send = timed_receive, answering_send  # type: ignore[method-assign]
+    events = world.run()
+    for number in range(2, 6):
+        assert events.index(f"launch {number + 1}") < events.index(f"finish {number}")
 
 
 def test_one_at_a_time_is_awaited_before_the_next_is_taken() -> None:

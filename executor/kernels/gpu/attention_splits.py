@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_SPLITS = 64  # a power of two: the merge is compiled for it, and serves all numbers up to it
+AT_ONCE = 8  # parts that the merge reads at a time: mostly there are no more
 
 
 def choose_splits(programs: int, resident: int, longest: int, least: int) -> int:
@@ -47,23 +48,36 @@ def merge_parts(means: Tensor, sizes: Tensor, out: Tensor) -> None:
     tokens, heads, splits, head_size = means.shape
     _merge[(tokens * heads,)](
         means, sizes, out, splits,
-        HEAD=head_size, HEAD_PAD=triton.next_power_of_2(head_size), SPLITS_PAD=MAX_SPLITS,
+        HEAD=head_size, HEAD_PAD=triton.next_power_of_2(head_size), SPLITS_PAD=MAX_SPLITS, AT_ONCE=AT_ONCE,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _merge(means, sizes, out, splits, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr):
+def _merge(
+    means, sizes, out, splits,
+    HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
     """One head of one token: its parts, each weighted by its share of the softmax's sum."""
     head = tl.program_id(0).to(tl.int64)
-    split, dims = tl.arange(0, SPLITS_PAD), tl.arange(0, HEAD_PAD)
-    size = tl.load(sizes + head * splits + split, mask=split < splits, other=float("-inf"))
-    top = tl.max(size, 0)
-    weight = tl.exp2(size - tl.where(top == float("-inf"), 0.0, top))
-    mask = (size > float("-inf"))[:, None] & (dims < HEAD)[None, :]
-    mean = tl.load(means + (head * splits + split)[:, None] * HEAD + dims[None, :], mask=mask, other=0.0)
-    total = tl.sum(weight, 0)
-    mixed = tl.sum(mean * weight[:, None], 0) / tl.where(total > 0.0, total, 1.0)
-    tl.store(out + head * HEAD + dims, mixed.to(out.dtype.element_ty), mask=dims < HEAD)
+    means += head * splits * HEAD
+    sizes += head * splits
+    every = tl.arange(0, SPLITS_PAD)
+    top = tl.max(tl.load(sizes + every, mask=every < splits, other=float("-inf")), 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    some, dims = tl.arange(0, AT_ONCE), tl.arange(0, HEAD_PAD)
+    weights = tl.zeros([AT_ONCE], tl.float32)
+    mixed = tl.zeros([AT_ONCE, HEAD_PAD], tl.float32)
+    for first in range(0, splits, AT_ONCE):
+        split = first + some
+        size = tl.load(sizes + split, mask=split < splits, other=float("-inf"))
+        weight = tl.exp2(size - top)
+        mask = (size > float("-inf"))[:, None] & (dims < HEAD)[None, :]
+        mean = tl.load(means + split[:, None] * HEAD + dims[None, :], mask=mask, other=0.0)
+        weights += weight
+        mixed += mean * weight[:, None]
+    total = tl.sum(weights, 0)
+    mean = tl.sum(mixed, 0) / tl.where(total > 0.0, total, 1.0)
+    tl.store(out + head * HEAD + dims, mean.to(out.dtype.element_ty), mask=dims < HEAD)
 
 
 @triton.jit
