@@ -16,8 +16,8 @@ from ...backends.base import KVLayer, StepBatch
 from .attention_splits import choose_splits, make_parts, merge_parts, processors, store_part
 from .attention_tiles import Tile, absorb, load_rows, page_offsets, score_factors, soft_capped
 
-PROGRAMS_PER_PROCESSOR = 4  # that are resident at a time
-TILE_BYTES = 128 << 10  # of shared memory for keys and values under way
+PROGRAMS_PER_PROCESSOR = 2  # that are resident at a time: one begins while another is in full swing
+TILE_BYTES = 96 << 10  # of shared memory for keys and values under way
 ANY_LENGTH = 1 << 31
 
 
@@ -65,8 +65,8 @@ def choose_tile(group: int, head_size: int, itemsize: int) -> Tile:
     rows = max(16, triton.next_power_of_2(group))
     head_bytes = triton.next_power_of_2(head_size) * itemsize
     keys = 64 if head_bytes <= 512 else 32
-    stages = max(2, min(4, TILE_BYTES // (2 * keys * head_bytes)))
-    return Tile(rows, keys, 4 if rows <= 32 else 8, stages)
+    stages = max(2, min(3, TILE_BYTES // (2 * keys * head_bytes)))
+    return Tile(rows, keys, 2 if rows == 16 else 4 if rows == 32 else 8, stages)
 
 
 @triton.jit(do_not_specialize=["window", "splits", "table_stride"])

@@ -30,9 +30,9 @@ from fast_inference.executor.backends.triton import TritonBackend
 
 ints = lambda *values: torch.tensor(values, dtype=torch.int32)
 for head_size, window, soft_cap in ((128, None, None), (64, 100, 30.0)):
-    kv = KVLayer(*torch.zeros(2, 64, 8, 16, head_size, dtype=torch.bfloat16).unbind())
+    kv = KVLayer(*torch.zeros(2, 64, 2, 16, head_size, dtype=torch.bfloat16).unbind())
     batch = StepBatch(ints(0), ints(0), torch.zeros(2, 32, dtype=torch.int32), ints(0, 1, 6), ints(500, 500), 1, 5, 500)
-    q = torch.zeros(6, 32, head_size, dtype=torch.bfloat16)
+    q = torch.zeros(6, 8, head_size, dtype=torch.bfloat16)
     TritonBackend().attention(q, kv, batch, 0.1, window, soft_cap)
 for name, variants in compiled.items():
     assert all(kernel.metadata.shared <= SHARED_MEMORY and kernel.asm["cubin"] for kernel in variants), name
