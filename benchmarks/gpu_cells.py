@@ -119,9 +119,9 @@ def first_warm_ups() -> tuple[Cell, Cell]:
     return Cell("warm-up", alike(8, 64, 16, seed=9)), Cell("warm-up", alike(256, 128, 32, seed=8))
 
 
-def online_requests(rate: float, seconds: float) -> list[Request]:
+def online_requests(rate: float, seconds: float, seed: int = 0) -> list[Request]:
     """Poisson arrivals of `rate` a second for `seconds`."""
-    rng = random.Random(0)
+    rng = random.Random(seed)
     arrivals: list[float] = []
     time = rng.expovariate(rate)
     while time <= seconds:

@@ -89,8 +89,9 @@ def test_the_simulator_is_held_against_the_engine(tmp_path: Path) -> None:
     trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)
     options = ("--trace", str(trace), "--num-prompts", "8", "--scale-tokens", "1", "--step-ms", "5")
     report = run_script("simulator_check.py", tmp_path, *options)
-    assert report["measured"]["total_output_tokens"] == report["simulated"]["total_output_tokens"]
-    assert set(report["differences"]) == {"output_throughput", "mean_ttft_ms", "mean_e2el_ms", "mean_itl_ms"}
+    (part,) = report["parts"].values()
+    assert part["measured"]["total_output_tokens"] == part["simulated"]["total_output_tokens"]
+    assert set(part["differences"]) == {"output_throughput", "mean_ttft_ms", "mean_e2el_ms", "mean_itl_ms"}
     assert report["calibration"]["base"] >= 0
 
 
