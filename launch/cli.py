@@ -85,7 +85,7 @@ def serve(
             raise
     set_title("supervisor", supervisor.config)
     _say(*_summary(supervisor))
-    supervisor.wait()
+    supervisor.follow(display.later)
     if supervisor.failure is not None:
         raise supervisor.failure
     _say("stopped")

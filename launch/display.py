@@ -21,7 +21,8 @@ PLAIN_SECONDS = 10.0  # between two plain lines about the same phase
 
 
 class StartDisplay:
-    """Shows a start; a context manager. After it, `line` goes on passing lines through.
+    """Shows a start; a context manager. After it, `line` goes on passing lines through, and `later` shows what is made
+    while requests are served already.
 
     Args:
         plain: write plain lines where there is no terminal; else nothing is shown there.
@@ -37,29 +38,13 @@ class StartDisplay:
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-            from rich.progress import Progress as Bars
-
-            self._bars = Bars(
-                SpinnerColumn(),
-                TextColumn("{task.fields[actor]:<11}"),
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=30),
-                TimeElapsedColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self._bars.start()
+            self._open()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._lock:
-            bars, self._bars = self._bars, None
-            if bars is not None:
-                bars.stop()
+        self._close()
 
     def event(self, event: Progress | Ready) -> None:
         """An actor tells of its start."""
@@ -68,6 +53,16 @@ class StartDisplay:
         elif self._plain:
             self._write(event)
 
+    def later(self, event: Progress | Ready) -> None:
+        """An actor of a ready engine tells of what it makes beside its work. The bar goes when that is done."""
+        if isinstance(event, Ready):
+            return
+        if self._bars is None and sys.stderr.isatty():
+            self._open()
+        self.event(event)
+        if event.done >= event.total:
+            self._close()
+
     def line(self, actor: str, line: str) -> None:
         """A line of an actor's standard error."""
         with self._lock:
@@ -75,6 +70,30 @@ class StartDisplay:
                 self._bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
             else:
                 print(line, file=sys.stderr, flush=True)
+
+    def _open(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bars
+
+        bars = Bars(
+            SpinnerColumn(),
+            TextColumn("{task.fields[actor]:<11}"),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        bars.start()
+        with self._lock:
+            self._bars, self._tasks = bars, {}
+
+    def _close(self) -> None:
+        with self._lock:
+            bars, self._bars = self._bars, None
+            if bars is not None:
+                bars.stop()
 
     def _draw(self, bars: Bars, event: Progress | Ready) -> None:
         task = self._tasks.get(event.actor)

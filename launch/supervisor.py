@@ -133,6 +133,12 @@ class Supervisor:
             self._ended.wait()
             raise self.failure or EngineDead("the engine was stopped while it started")
 
+    def follow(self, on_event: Callable[[Event], None]) -> None:
+        """Block until the end of a ready engine, handing what actors tell of their progress to `on_event`."""
+        while (event := self._events.get()) is not None:
+            on_event(event)
+        self._ended.wait()
+
     def request_stop(self, drain_seconds: float = 0.0) -> None:
         """Ask for a stop and return at once; fit for a signal handler. A second call skips all waiting.
 
