@@ -5,17 +5,16 @@ Owns shapes, inputs and the count of bytes, which is one reading of the logits; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from device_timing import Case, copies_beyond_l2
+from fast_inference.executor.draw_columns import DrawColumns
 from fast_inference.executor.random import stream_keys_tensor
-from fast_inference.executor.recorded_sampling import drawn
 from fast_inference.executor.sampler import GROUP, draw
-from fast_inference.executor.slot_tensors import DrawColumns
-from fast_inference.executor.step_kernels import StepKernels, step_kernels_unchecked
+from fast_inference.executor.step_kernels import step_kernels_unchecked
 from torch import Tensor
 
 VOCABULARIES = {"llama-8b": 128_256, "qwen3-0.6b": 151_936}
@@ -48,29 +47,38 @@ def sampling_cases(device: torch.device, dtype: torch.dtype, tune: bool) -> Iter
 
 
 def make_case(name: str, rows: int, vocab: int, wish: Wish, device: torch.device) -> Case:
-    """Drawing a token for each of `rows` rows."""
-    kernels = step_kernels_unchecked()
+    """Choosing a token for each of `rows` rows, as the end of a recorded step does."""
     size = rows * vocab * 4
     logits = list(3 * torch.randn(copies_beyond_l2(size), rows, vocab, device=device))
-    lengths = torch.arange(rows, device=device)
+    slots = torch.arange(rows, device=device)
     columns = DrawColumns(
         temperature=torch.full((rows,), wish.temperature, device=device),
-        top_k=torch.full((rows,), wish.top_k, device=device),
         top_p=torch.full((rows,), wish.top_p, device=device),
         min_p=torch.zeros(rows, device=device),
-        seed=lengths * 7,
+        top_k=torch.full((rows,), wish.top_k, device=device),
+        seed=slots * 7,
+    )
+    token_ids, lengths = torch.zeros((rows, 2), dtype=torch.int32, device=device), torch.ones_like(slots)
+    choose = partial(
+        step_kernels_unchecked().choose,
+        slots=slots,
+        known=torch.ones_like(slots),
+        token_ids=token_ids,
+        lengths=lengths,
+        scratch=rows,
+        columns=columns if wish.temperature else None,
     )
     return Case(
         name,
-        [partial(_draw, part, lengths, columns, kernels) for part in logits],
-        partial(_by_sorting, logits[0], lengths, columns),
+        [partial(_tokens, choose, part) for part in logits],
+        partial(_by_sorting, logits[0], torch.ones_like(slots), columns),
         size,
         0,
     )
 
 
-def _draw(logits: Tensor, lengths: Tensor, columns: DrawColumns, kernels: StepKernels) -> Tensor:
-    return drawn(logits, lengths, columns, kernels)[0]
+def _tokens(choose: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    return choose(logits)[0]
 
 
 def _by_sorting(logits: Tensor, lengths: Tensor, columns: DrawColumns) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .draw_columns import DrawColumns
 from .step_kernels import step_kernels
 from .transfer import Transfer
 
@@ -34,17 +35,6 @@ class DecodeRows:
     slot_mapping: Tensor  # [B] int64
     block_tables: Tensor  # [B, max_blocks] int32
     seq_lens: Tensor  # [B] int32
-
-
-@dataclass(frozen=True, slots=True)
-class DrawColumns:
-    """How tokens of B rows, or of all slots, are drawn at random; temperature 0 is greedy."""
-
-    temperature: Tensor  # [B] float32
-    top_k: Tensor  # [B] int64, 0: all
-    top_p: Tensor  # [B] float32
-    min_p: Tensor  # [B] float32
-    seed: Tensor  # [B] int64
 
 
 class SlotTensors:
@@ -69,6 +59,7 @@ class SlotTensors:
         self._draw_floats = torch.zeros((3, slots + 1), dtype=torch.float32, device=device)
         self._draw_floats[1] = 1.0  # top_p, for the scratch slot too
         self._draw_integers = torch.zeros((2, slots + 1), dtype=torch.int64, device=device)
+        self.all_draws = DrawColumns(*self._draw_floats, *self._draw_integers)
 
     def admit(self, slots: Int, token_rows: list[NDArray[np.int32]], block_rows: list[NDArray[np.int32]]) -> None:
         """The known tokens and the blocks of newly taken `slots` [A]."""
@@ -118,9 +109,7 @@ class SlotTensors:
 
     def draws(self, slots: Tensor) -> DrawColumns:
         """The sampling columns of `slots` [B] int64."""
-        temperature, top_p, min_p = self._draw_floats.index_select(1, slots)
-        top_k, seed = self._draw_integers.index_select(1, slots)
-        return DrawColumns(temperature, top_k, top_p, min_p, seed)
+        return DrawColumns(*self._draw_floats.index_select(1, slots), *self._draw_integers.index_select(1, slots))
 
     def append(self, slots: Tensor, lengths: Tensor, tokens: Tensor) -> None:
         """Make `tokens` [R] int64 the next ones of `slots` [R], which know `lengths` [R] tokens. May be recorded."""

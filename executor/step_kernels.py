@@ -16,8 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .random import stream_keys_tensor
-
 log = logging.getLogger(__name__)
 
 
@@ -27,7 +25,7 @@ class StepKernels:
 
     gather: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
     append: Callable[..., None]
-    stream_keys: Callable[[Tensor, Tensor], Tensor]
+    choose: Callable[..., Tensor]
     best_tokens: Callable[[Tensor], tuple[Tensor, Tensor]]
     draw: Callable[..., None]
     penalize: Callable[..., None]
@@ -40,6 +38,8 @@ def step_kernels(device: torch.device) -> StepKernels | None:
     """Those for `device`, compiled and tried out once; None, with the reason logged, where torch has to do."""
     if device.type != "cuda":
         return None
+    from .step_kernels_check import disagreement
+
     try:
         from triton.errors import TritonError
     except ImportError as error:
@@ -47,7 +47,7 @@ def step_kernels(device: torch.device) -> StepKernels | None:
         return None
     try:
         kernels = step_kernels_unchecked()
-        problem = _disagreement(kernels, device)
+        problem = disagreement(kernels, device)
     except (TritonError, RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         problem = f"a kernel can't be run: {type(error).__name__}: {error}"
     if problem is not None:
@@ -58,32 +58,15 @@ def step_kernels(device: torch.device) -> StepKernels | None:
 
 def step_kernels_unchecked() -> StepKernels:
     """All of them, for any device that triton can run on. Raises `ImportError` without triton."""
-    from .kernels.gpu import gather, logprobs, noise, penalties, sampling
+    from .kernels.gpu import gather, logprobs, penalties, sampling
 
     return StepKernels(
         gather=gather.gather,
         append=gather.append,
-        stream_keys=noise.stream_keys,
+        choose=sampling.choose,
         best_tokens=sampling.best_tokens,
         draw=sampling.draw,
         penalize=penalties.penalize,
         add_bias=penalties.add_bias,
         chosen_logprobs=logprobs.chosen_logprobs,
     )
-
-
-def _disagreement(kernels: StepKernels, device: torch.device) -> str | None:
-    """What the choice of some tokens shows to be wrong, if anything: the noise and the cut, against torch's."""
-    vocab = 1000
-    logits = 3 * torch.randn((4, vocab), generator=torch.Generator().manual_seed(0)).to(device)
-    numbers = torch.arange(4, device=device)
-    keys = kernels.stream_keys(numbers, numbers + 5)
-    if not torch.equal(keys, stream_keys_tensor(numbers, numbers + 5)):
-        return "the generator's numbers differ"
-    best, tokens = kernels.best_tokens(logits)
-    if not torch.equal(best, logits.amax(-1)) or not torch.equal(tokens, logits.argmax(-1)):
-        return "the largest logits differ"
-    temperature, top_k = torch.ones(4, device=device), torch.full((4,), 9, device=device)
-    kernels.draw(logits, best, tokens, numbers, keys, temperature, top_k, temperature, torch.zeros_like(best))
-    likeliest = logits.topk(9).indices
-    return None if bool((likeliest == tokens[:, None]).any(-1).all()) else "a token is drawn beyond its top-k"

@@ -67,6 +67,12 @@ def _gather(
 @triton.jit
 def _append(slots, known, tokens, token_ids, lengths, row_tokens, scratch):
     row = tl.program_id(0)
-    slot, length = tl.load(slots + row), tl.load(known + row)
-    tl.store(token_ids + slot * row_tokens + length, tl.load(tokens + row).to(tl.int32))
-    tl.store(lengths + slot, tl.where(slot == scratch, 1, length + 1))
+    token = tl.load(tokens + row)
+    append_one(tl.load(slots + row), tl.load(known + row), token, token_ids, lengths, row_tokens, scratch)
+
+
+@triton.jit
+def append_one(slot, known, token, token_ids, lengths, row_tokens, scratch):
+    """Write `token` behind the `known` ones of `slot`, as `append` says."""
+    tl.store(token_ids + slot * row_tokens + known, token.to(tl.int32))
+    tl.store(lengths + slot, tl.where(slot == scratch, 1, known + 1))

@@ -1,15 +1,13 @@
 """Random numbers on the device that are those of `executor/random.py`, bit for bit.
 
-Owns the counter-based generator (SplitMix64; Steele, Lea & Flood, 2014) and Gumbel noise as device functions, and the
-kernel that starts streams; must not know what is drawn.
+Owns the counter-based generator (SplitMix64; Steele, Lea & Flood, 2014) and Gumbel noise as device functions; must not
+know what is drawn.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ... import random as host
 
@@ -18,23 +16,18 @@ MIX_1 = tl.constexpr(host.MIX_1 - 2**64)
 MIX_2 = tl.constexpr(host.MIX_2 - 2**64)
 
 
-TILE = 256
-
-
-def stream_keys(seeds: Tensor, positions: Tensor) -> Tensor:
-    """As `random.stream_keys_tensor`: [N] int64 each."""
-    keys = torch.empty_like(seeds)
-    if len(seeds):
-        _stream_keys[(triton.cdiv(len(seeds), TILE),)](seeds, positions, keys, len(seeds), TILE=TILE, num_warps=4)
-    return keys
-
-
 @triton.jit
 def mix(z):
     """`random._mix_tensor`: int64 products wrap as unsigned ones do; the masks make right shifts unsigned."""
     z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * MIX_1
     z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * MIX_2
     return z ^ ((z >> 31) & ((1 << 33) - 1))
+
+
+@triton.jit
+def stream_key(seed, position):
+    """As `random.stream_keys`."""
+    return mix(mix(seed + GOLDEN) ^ (position * MIX_1))
 
 
 @triton.jit
@@ -50,11 +43,3 @@ def noisy_log(weight, noise):
     """log(`weight`) + `noise`, float64, whose largest is a draw in proportion to the weights; -inf where that is 0."""
     there = weight > 0
     return tl.where(there, tl.log(tl.where(there, weight, 1.0).to(tl.float64)) + noise, -float("inf"))
-
-
-@triton.jit(do_not_specialize=["count"])
-def _stream_keys(seeds, positions, keys, count, TILE: tl.constexpr):
-    place = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    inside = place < count
-    seed, position = tl.load(seeds + place, inside, 0), tl.load(positions + place, inside, 0)
-    tl.store(keys + place, mix(mix(seed + GOLDEN) ^ (position * MIX_1)), inside)

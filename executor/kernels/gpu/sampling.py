@@ -1,41 +1,46 @@
 """From logits to tokens: the largest of each row, and a draw with temperature, top-k, top-p and min-p.
 
 Owns the kernels that choose as `executor/sampler.py` does, with the same noise; must not know requests or what else
-changes logits. Several programs share a row for what looks at the whole vocabulary (`_tile_best`, `_group_weights`),
-so that one row keeps the device busy too; what is left is done by one program a row. Nothing waits for the host.
+changes logits. Each choice is two launches: a pass over all logits by many programs (`groups.py`), and one program a
+row, which looks again only at the groups that matter. Nothing waits for the host.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .noise import gumbel, noisy_log
-from .search import least_kept, list_groups, load_groups, weigh
+from ...draw_columns import DrawColumns
+from .gather import append_one
+from .groups import GROUP, find_largest, list_groups, load_groups, survey, weigh
+from .noise import gumbel, noisy_log, stream_key
+from .search import LISTED, SEARCH_TILE, least_kept
 
-GROUP = 256  # as in executor/sampler.py: part of what a seed means
-BEST_TILE = 4096  # logits of one program
-GROUP_TILE = 8  # groups of one program that weighs
-SEARCH_TILE = 32  # groups that a search looks at together
+AMOUNTS = 512  # groups whose noise is computed together
+BEST_WARPS = 4
+DRAW_WARPS = 16
+
+
+class _Slots(NamedTuple):
+    """Where new tokens go, as `gather.append` has it."""
+
+    number: Tensor
+    known: Tensor
+    token_ids: Tensor
+    lengths: Tensor
+    scratch: int
 
 
 def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The largest of each row of `logits` [R, V] float32 and its index: ([R] float32, [R] int64); the first of equals.
     A row with a NaN has it as its largest, and the first one's index."""
-    rows, vocab = logits.shape
-    best = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    if not rows:
-        return best, tokens
-    tiles = triton.cdiv(vocab, BEST_TILE)
-    tile_best = torch.empty((rows, tiles), dtype=torch.float32, device=logits.device)
-    tile_token = torch.empty((rows, tiles), dtype=torch.int64, device=logits.device)
-    _tile_best[(rows, tiles)](logits, tile_best, tile_token, vocab, logits.stride(0), TILE=BEST_TILE, num_warps=8)
-    _merge_best[(rows,)](
-        tile_best, tile_token, best, tokens, tiles, vocab, PAD=triton.next_power_of_2(tiles), num_warps=1
-    )
+    best = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    _take_best(logits, best, tokens, None)
     return best, tokens
 
 
@@ -43,135 +48,174 @@ def draw(
     logits: Tensor,
     best: Tensor,
     tokens: Tensor,
-    rows: Tensor | None,
+    rows: Tensor,
     keys: Tensor,
     temperature: Tensor,
     top_k: Tensor,
     top_p: Tensor,
     min_p: Tensor,
 ) -> None:
-    """Put a token drawn at random into `tokens` [R] int64 for each of `rows` [D] int64 (None: all, D is R) whose
-    temperature is not 0.
+    """Put the largest logit into `best` [R] float32, and a token drawn at random into `tokens` [R] int64, for each of
+    `rows` [D] int64 of `logits` [R, V] float32.
 
-    `logits` [R, V] float32, `best` [R] as `best_tokens` found it; `keys` [D] int64: what the noise is a function of,
-    together with the token; `temperature`, `top_p`, `min_p` [D] float32, `top_k` [D] int64 (0: all).
+    `keys` [D] int64: what the noise is a function of, together with the token; the others [D] as `DrawColumns` says.
     """
-    count, vocab = len(keys), logits.shape[1]
+    _draw(logits, best, tokens, rows, DrawColumns(temperature, top_p, min_p, top_k, keys), None)
+
+
+def choose(
+    logits: Tensor,
+    slots: Tensor,
+    known: Tensor,
+    token_ids: Tensor,
+    lengths: Tensor,
+    scratch: int,
+    columns: DrawColumns | None,
+) -> Tensor:
+    """A token for each row of `logits` [R, V] float32, put behind the `known` [R] int64 ones of its slot in `slots`
+    [R] int64, as `gather.append` does. `columns`: of all slots; None where every row is to have its likeliest. Returns
+    [2, R] int32: the tokens, and the bits of each row's largest logit."""
+    packed = torch.empty((2, len(logits)), dtype=torch.int32, device=logits.device)
+    best, target = packed[1].view(torch.float32), _Slots(slots, known, token_ids, lengths, scratch)
+    if columns is None:
+        _take_best(logits, best, packed[0], target)
+    else:
+        _draw(logits, best, packed[0], None, columns, target)
+    return packed
+
+
+def _take_best(logits: Tensor, best: Tensor, tokens: Tensor, slots: _Slots | None) -> None:
+    rows, vocab = logits.shape
+    if rows:
+        peaks, _ = survey(logits, None, None, None)
+        groups = triton.cdiv(vocab, GROUP)
+        _best_of_row[(rows,)](
+            logits, peaks, best, tokens, *_where(slots), vocab, groups, logits.stride(0), peaks.stride(0),
+            GROUP=GROUP, PAD=triton.next_power_of_2(groups), num_warps=BEST_WARPS,
+        )  # fmt: skip
+
+
+def _draw(
+    logits: Tensor, best: Tensor, tokens: Tensor, rows: Tensor | None, columns: DrawColumns, slots: _Slots | None
+) -> None:
+    """For `rows` [D] (None: all). Without `slots` the `columns` are the rows' own, with keys in place of seeds."""
+    count, vocab = len(logits) if rows is None else len(rows), logits.shape[1]
     if not count:
         return
+    peaks, masses = survey(logits, rows, columns.temperature, None if slots is None else slots.number)
     groups = triton.cdiv(vocab, GROUP)
-    maxima, sums = torch.empty((2, count, groups), dtype=torch.float32, device=logits.device)
     order = torch.empty((count, groups), dtype=torch.int32, device=logits.device)
-    _group_weights[(count, triton.cdiv(groups, GROUP_TILE))](
-        logits, best, rows, temperature, maxima, sums, vocab, groups, logits.stride(0),
-        ALL=rows is None, GROUP=GROUP, TILE=GROUP_TILE, num_warps=4,
-    )  # fmt: skip
+    listed = torch.empty((count, LISTED), dtype=torch.float32, device=logits.device)
     pad = max(2, triton.next_power_of_2(groups))
-    _draw[(count,)](
-        logits, best, tokens, rows, keys, temperature, top_k, top_p, min_p, maxima, sums, order,
-        vocab, groups, logits.stride(0),
-        ALL=rows is None, GROUP=GROUP, PAD=pad, TILE=min(pad, SEARCH_TILE), num_warps=32,
+    _draw_of_row[(count,)](
+        logits, peaks, masses, best, tokens, rows, *columns, *_where(slots), order, listed,
+        vocab, groups, logits.stride(0), peaks.stride(0),
+        GROUP=GROUP, PAD=pad, TILE=SEARCH_TILE, AMOUNTS=min(pad, AMOUNTS), LISTED=LISTED, num_warps=DRAW_WARPS,
     )  # fmt: skip
 
 
-@triton.jit
-def _first_best(value, index, inside, end):
-    """The largest of `value` and its `index`, the smallest of equals; a NaN is larger than all."""
-    broken = (value != value) & inside
-    any_broken = tl.max(broken.to(tl.int32), 0) > 0
-    largest = tl.max(tl.where(broken | ~inside, -float("inf"), value), 0)
-    hit = tl.where(any_broken, broken, (value == largest) & inside)
-    return tl.where(any_broken, float("nan"), largest), tl.min(tl.where(hit, index, end), 0)
+def _where(slots: _Slots | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, int]:
+    """What a kernel has to know of `slots`."""
+    if slots is None:
+        return None, None, None, None, 0, 0
+    return slots.number, slots.known, slots.token_ids, slots.lengths, slots.token_ids.stride(0), slots.scratch
 
 
-@triton.jit
-def _tile_best(logits, tile_best, tile_token, vocab, row_stride, TILE: tl.constexpr):
-    row, tile = tl.program_id(0), tl.program_id(1)
-    token = tile * TILE + tl.arange(0, TILE)
-    inside = token < vocab
-    value = tl.load(logits + row.to(tl.int64) * row_stride + token, inside, -float("inf"))
-    best, where = _first_best(value, token, inside, vocab)
-    place = row * tl.num_programs(1) + tile
-    tl.store(tile_best + place, best)
-    tl.store(tile_token + place, where.to(tl.int64))
-
-
-@triton.jit
-def _merge_best(tile_best, tile_token, best, tokens, tiles, vocab, PAD: tl.constexpr):
-    row = tl.program_id(0)
-    tile = tl.arange(0, PAD)
-    inside = tile < tiles
-    value = tl.load(tile_best + row * tiles + tile, inside, -float("inf"))
-    token = tl.load(tile_token + row * tiles + tile, inside, 0)
-    largest, where = _first_best(value, token, inside, vocab)
+# Where the results go is not specialized, since the halves of `packed` are aligned or not as the number of rows wants.
+@triton.jit(do_not_specialize=["best", "tokens"])
+def _best_of_row(
+    logits, peaks, best, tokens, slots, known, token_ids, lengths, row_tokens, scratch,
+    vocab, groups, row_stride, width, GROUP: tl.constexpr, PAD: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    largest, token = find_largest(logits + row * row_stride, peaks + row * width, vocab, groups, GROUP, PAD)
     tl.store(best + row, largest)
-    tl.store(tokens + row, where)
+    tl.store(tokens + row, token)
+    if slots is not None:
+        append_one(tl.load(slots + row), tl.load(known + row), token, token_ids, lengths, row_tokens, scratch)
 
 
-@triton.jit
-def _group_weights(
-    logits, best, rows, temperature, maxima, sums, vocab, groups, row_stride,
-    ALL: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
+@triton.jit(do_not_specialize=["best", "tokens"])
+def _draw_of_row(
+    logits, peaks, masses, best, tokens, rows, temperature, top_p, min_p, top_k, seed,
+    slots, known, token_ids, lengths, row_tokens, scratch, order, listed, vocab, groups, row_stride, width,
+    GROUP: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr, AMOUNTS: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """The largest weight and the sum of each group of neighbours."""
-    place = tl.program_id(0)
-    heat = tl.load(temperature + place)
-    if heat > 0:
-        row = place.to(tl.int64) if ALL else tl.load(rows + place)
-        group = tl.program_id(1) * TILE + tl.arange(0, TILE)
-        token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        inside = token < vocab
-        value = tl.load(logits + row * row_stride + token, inside, 0.0)
-        weight = tl.where(inside, weigh(value, tl.load(best + row), heat), 0.0)
-        target = place * groups + group
-        tl.store(maxima + target, tl.max(weight, 1), group < groups)
-        tl.store(sums + target, tl.sum(weight, 1), group < groups)
+    place = tl.program_id(0).to(tl.int64)
+    row = place
+    if rows is not None:
+        row = tl.load(rows + place)
+    column = place
+    if slots is not None:
+        column = tl.load(slots + place)
+    key = tl.load(seed + column)
+    if slots is not None:
+        key = stream_key(key, tl.load(known + place))
+    heat = tl.load(temperature + column)
+    logits += row * row_stride
+    peaks += place * width
+    largest, token = find_largest(logits, peaks, vocab, groups, GROUP, PAD)
+    if (heat > 0) & (tl.abs(largest) < float("inf")):
+        token = _drawn(
+            logits, peaks, masses + place * width, order + place * groups, listed + place * LISTED, largest, key, heat,
+            tl.load(top_k + column), tl.load(top_p + column), tl.load(min_p + column), vocab, groups,
+            GROUP, PAD, TILE, AMOUNTS, LISTED,
+        )  # fmt: skip
+    tl.store(best + row, largest)
+    tl.store(tokens + row, token)
+    if slots is not None:
+        append_one(column, tl.load(known + place), token, token_ids, lengths, row_tokens, scratch)
 
 
 @triton.jit
-def _draw(
-    logits, best, tokens, rows, keys, temperature, top_k, top_p, min_p, maxima, sums, order, vocab, groups, row_stride,
-    ALL: tl.constexpr, GROUP: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr,
+def _drawn(
+    logits, peaks, masses, order, listed, best, key, heat, k, p, least_share, vocab, groups,
+    GROUP: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr, AMOUNTS: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    place = tl.program_id(0)
-    heat = tl.load(temperature + place)
-    if heat > 0:
-        row = place.to(tl.int64) if ALL else tl.load(rows + place)
-        key = tl.load(keys + place)
-        k, p, least_share = tl.load(top_k + place), tl.load(top_p + place), tl.load(min_p + place)
-        largest = tl.load(best + row)
-        logits += row * row_stride
-        sums += place * groups
-        order += place * groups
-        rank = tl.arange(0, PAD)
-        number, active = rank, groups
-        least = 0.0
-        if (k > 0) | (p < 1.0) | (least_share > 0.0):
-            bits = tl.load(maxima + place * groups + rank, rank < groups, -1.0).to(tl.int32, bitcast=True)
-            bits = tl.where(rank < groups, bits, -1)
-            least_bits = least_kept(logits, order, bits, vocab, largest, heat, k, p, least_share, GROUP, PAD, TILE)
-            least = least_bits.to(tl.float32, bitcast=True)
-            active = list_groups(bits, least_bits, order, PAD)
-            for first in range(0, active, TILE):
-                some, weight = load_groups(logits, order, first, active, vocab, largest, heat, GROUP, TILE)
-                kept = tl.sum(tl.where(weight >= least, weight, 0.0), 1)
-                inside = first + tl.arange(0, TILE)[:, None] < active
-                tl.store(sums + some, kept[:, None], inside)
-            number = tl.load(order + rank, rank < active, 0)
-            tl.debug_barrier()  # the sums were written by other threads
-        chosen = _chosen_group(sums, number, rank < active, key, groups)
-        token = chosen * GROUP + tl.arange(0, GROUP)
-        weight = weigh(tl.load(logits + token, token < vocab, -float("inf")), largest, heat)
-        weight = tl.where((token < vocab) & (weight >= least), weight, 0.0)
-        noisy = noisy_log(weight, gumbel(key, token.to(tl.int64)))
-        drawn = chosen * GROUP + tl.argmax(noisy, 0)
-        tl.store(tokens + row, tl.minimum(drawn, vocab - 1).to(tl.int64))
+    """A token of one row. What `masses` hold is overwritten."""
+    number = tl.arange(0, PAD)
+    inside = number < groups
+    weight = tl.where(inside, weigh(tl.load(peaks + number, inside, -float("inf")), best, heat), 0.0)
+    amount = weight * tl.load(masses + number, inside, 0.0)
+    active = groups
+    least = 0.0
+    if (k > 0) | (p < 1.0) | (least_share > 0.0):
+        bits = tl.where(inside, weight.to(tl.int32, bitcast=True), -1)
+        least_bits = least_kept(
+            logits, order, listed, bits, amount, vocab, best, heat, k, p, least_share, GROUP, PAD, TILE, LISTED
+        )
+        least = least_bits.to(tl.float32, bitcast=True)
+        active = list_groups(bits, least_bits, order, PAD)
+        for first in range(0, active, TILE):
+            weights = load_groups(logits, order, first, active, vocab, best, heat, GROUP, TILE)
+            kept = tl.sum(tl.where(weights >= least, weights, 0.0), 1)
+            rank = first + tl.arange(0, TILE)
+            tl.store(masses + rank, kept, rank < active)
+    else:
+        tl.debug_barrier()  # what other threads still read
+        tl.store(order + number, number, inside)
+        tl.store(masses + number, amount, inside)
+    tl.debug_barrier()  # what other threads wrote
+    chosen = _chosen_group(order, masses, active, key, groups, AMOUNTS)
+    token = chosen * GROUP + tl.arange(0, GROUP)
+    weights = weigh(tl.load(logits + token, token < vocab, -float("inf")), best, heat)
+    weights = tl.where((token < vocab) & (weights >= least), weights, 0.0)
+    noisy = noisy_log(weights, gumbel(key, token.to(tl.int64)))
+    return tl.minimum(chosen * GROUP + tl.argmax(noisy, 0), vocab - 1)
 
 
 @triton.jit
-def _chosen_group(sums, number, inside, key, groups):
-    """The group drawn by the `sums` of the groups `number`, of which `inside` are there: Gumbel-max."""
-    amount = tl.load(sums + number, inside, 0.0)
-    noisy = noisy_log(amount, gumbel(key, -1 - number.to(tl.int64)))
-    hit = inside & (noisy == tl.max(noisy, 0))
-    return tl.minimum(tl.min(tl.where(hit, number, groups), 0), groups - 1)
+def _chosen_group(order, amounts, active, key, groups, AMOUNTS: tl.constexpr):
+    """Of the groups `order[:active]`, which ascend, the one drawn by their `amounts`: Gumbel-max."""
+    highest = tl.full((), -float("inf"), tl.float64)
+    chosen = groups - 1
+    for first in range(0, active, AMOUNTS):
+        place = first + tl.arange(0, AMOUNTS)
+        inside = place < active
+        number = tl.load(order + place, inside, 0)
+        noisy = noisy_log(tl.load(amounts + place, inside, 0.0), gumbel(key, -1 - number.to(tl.int64)))
+        here = tl.max(noisy, 0)
+        if here > highest:
+            highest = here
+            chosen = tl.min(tl.where(noisy == here, number, groups - 1), 0)
+    return chosen

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fast_inference.executor import step_kernels as chosen
 from fast_inference.executor.logits import FEW
-from fast_inference.executor.random import stream_keys_tensor
-from fast_inference.executor.recorded_sampling import drawn, greedy
+from fast_inference.executor.recorded_sampling import choose
 from fast_inference.executor.sampler import Sampler
 from fast_inference.executor.sampling_columns import Choice, SamplingColumns
-from fast_inference.executor.slot_tensors import DrawColumns
+from fast_inference.executor.slot_tensors import SlotTensors
 from fast_inference.executor.step_kernels import StepKernels, step_kernels, step_kernels_unchecked
+from fast_inference.executor.step_kernels_check import disagreement
 from fast_inference.executor.transfer import Transfer
 from fast_inference.protocol.messages import Admit
 from fast_inference.protocol.sampling import SamplingParams
@@ -69,28 +70,26 @@ def test_whatever_rows_want_kernels_and_torch_choose_the_same(kernels: StepKerne
     torch.testing.assert_close(mine.logprobs.values.cpu(), expected.logprobs.values, rtol=1e-5, atol=1e-5)
 
 
-def test_a_recorded_draw_by_kernels_is_that_by_torch(kernels: StepKernels, device: torch.device) -> None:
-    logits, lengths = normal(5, 3), torch.tensor([3, 9, 1, 4, 70])
-    by_torch = DrawColumns(
-        temperature=torch.tensor([0.0, 1.0, 0.5, 2.0, 1.0]),
-        top_k=torch.tensor([0, 40, 0, FEW, 1]),
-        top_p=torch.tensor([1.0, 0.9, 1.0, 0.5, 1.0]),
-        min_p=torch.tensor([0.0, 0.0, 0.1, 0.0, 0.0]),
-        seed=torch.tensor([1, -5, 2**62, 0, 3]),
-    )
-    expected, best = drawn(logits.clone(), lengths, by_torch, None)
-    mine = replace(by_torch, **{name: getattr(by_torch, name).to(device) for name in DrawColumns.__slots__})
-    tokens, found = drawn(logits.to(device), lengths.to(device), mine, kernels)
-    assert tokens.tolist() == expected.tolist()
-    assert found.tolist() == best.tolist()
-    assert greedy(logits.to(device), kernels)[0].tolist() == logits.argmax(-1).tolist()
-
-
-def test_streams_start_with_the_same_numbers(kernels: StepKernels, device: torch.device) -> None:
-    seeds = torch.randint(-(2**62), 2**62, (300,), generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(300)
-    mine = kernels.stream_keys(seeds.to(device), positions.to(device))
-    assert torch.equal(mine.cpu(), stream_keys_tensor(seeds, positions))
+@pytest.mark.parametrize("choice", (Choice.GREEDY, Choice.DRAW))
+def test_a_recorded_choice_by_kernels_is_that_by_torch(
+    choice: Choice, kernels: StepKernels, device: torch.device
+) -> None:
+    slots, results = np.array([4, 0, 1, 3, 2, 5, 5]), []  # with two rows of padding
+    for own, where in ((None, torch.device("cpu")), (kernels, device)):
+        tensors = SlotTensors(5, 90, np.zeros((6, 1), np.int32), 16, Transfer(where))
+        tensors.kernels = own
+        tensors.token_ids.fill_(-1)
+        tensors.set_draws(
+            np.arange(5),
+            np.array([[0, 1, 0.5, 2, 1], [1, 0.9, 1, 0.5, 1], [0, 0, 0.1, 0, 0]], np.float32),
+            np.array([[0, 40, 0, FEW, 1], [1, -5, 2**62, 0, 3]]),
+        )
+        known = torch.tensor([3, 9, 1, 4, 70, 1, 1], device=where)
+        logits = torch.cat((normal(5, 3), torch.zeros(2, VOCAB))).to(where)
+        packed = choose(choice, logits, torch.from_numpy(slots).to(where), known, tensors)
+        assert packed[0, :5].tolist() == tensors.token_ids[slots[:5], known[:5]].tolist()
+        results.append([part.tolist() for part in (packed, tensors.token_ids[:5], tensors.lengths)])
+    assert results[0] == results[1]
 
 
 def test_a_cut_of_any_kind_may_be_recorded_where_there_are_kernels() -> None:
@@ -100,14 +99,20 @@ def test_a_cut_of_any_kind_may_be_recorded_where_there_are_kernels() -> None:
 
 
 def test_kernels_that_agree_with_torch_are_taken_and_others_named(kernels: StepKernels, device: torch.device) -> None:
-    assert chosen._disagreement(kernels, device) is None
-    wrong = replace(kernels, stream_keys=lambda seeds, positions: seeds + positions)
-    assert chosen._disagreement(wrong, device) == "the generator's numbers differ"
-    assert chosen._disagreement(replace(kernels, draw=_draw_the_last), device) == "a token is drawn beyond its top-k"
+    assert disagreement(kernels, device) is None
+    assert disagreement(replace(kernels, choose=_choose_the_last), device) == "tokens are put in the wrong place"
+    other_noise = replace(kernels, choose=partial(_choose_as_if_later, kernels))
+    assert disagreement(other_noise, device) == "other tokens are drawn"
+    assert disagreement(replace(kernels, best_tokens=lambda x: (-x).max(-1)), device) == "the largest logits differ"
 
 
-def _draw_the_last(logits: Tensor, best: Tensor, tokens: Tensor, *_: Tensor) -> None:
-    tokens.copy_(logits.argmin(-1))
+def _choose_the_last(logits: Tensor, *_: object) -> Tensor:
+    return torch.full((2, len(logits)), VOCAB, dtype=torch.int32, device=logits.device)
+
+
+def _choose_as_if_later(kernels: StepKernels, *arguments: Any) -> Tensor:
+    *others, columns = arguments
+    return kernels.choose(*others, columns._replace(seed=columns.seed + 1))
 
 
 def test_a_cpu_has_none() -> None:
