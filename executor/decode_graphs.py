@@ -59,8 +59,7 @@ class DecodeGraphs:
         most = self.sizes[-1]
         self._slots = torch.full((most,), tensors.scratch, dtype=torch.int64, device=device)
         self._told = np.full(most, tensors.scratch, np.int64)  # what `_slots` holds
-        self._counting = torch.arange(most + 1, dtype=torch.int64, device=device)
-        self._starts = self._counting.to(torch.int32)
+        self._starts = torch.arange(most + 1, dtype=torch.int32, device=device)
         self._logits = torch.empty((most, model.spec.vocab_size), dtype=torch.float32, device=device)
 
     def plan(self, choice: Choice) -> None:
@@ -108,7 +107,7 @@ class DecodeGraphs:
             max_query_len=1,
             max_seq_len=self._tensors.row_tokens - 1,
         )
-        logits = self._model.forward(rows.token_ids, batch, self._kv.layers, self._counting[:size])
+        logits = self._model.forward(rows.token_ids, batch, self._kv.layers, None)
         if choice is Choice.LOGITS:
             return self._logits[:size].copy_(logits)
         return choose(choice, logits, slots, rows.lengths, self._tensors)

@@ -37,9 +37,10 @@ class Model(Protocol):
 
     spec: ModelSpec
 
-    def forward(self, token_ids: Tensor, batch: StepBatch, kv: list[KVLayer], logits_at: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor, batch: StepBatch, kv: list[KVLayer], logits_at: Tensor | None) -> Tensor:
         """One step.
 
         `token_ids` [T] int64, laid out as `batch` says; `kv`: one `KVLayer` per layer; `logits_at` [M] int64:
-        indexes into the T tokens whose next-token logits are wanted. Returns [M, vocab_size] float32.
+        indexes into the T tokens whose next-token logits are wanted; None: all T of them.
+        Returns [M, vocab_size] float32.
         """

@@ -46,10 +46,12 @@ class CustomModel:
         self._backend = backend
         self._head: Callable[[Tensor], Tensor] | None = getattr(module, "compute_logits", None)
 
-    def forward(self, token_ids: Tensor, batch: StepBatch, kv: list[KVLayer], logits_at: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor, batch: StepBatch, kv: list[KVLayer], logits_at: Tensor | None) -> Tensor:
         """As `Model.forward`."""
         with engine_step(EngineStep(self._backend, batch, kv)):
-            rows = self.module(token_ids, batch.positions).index_select(0, logits_at)
+            rows = self.module(token_ids, batch.positions)
+        if logits_at is not None:
+            rows = rows.index_select(0, logits_at)
         return (rows if self._head is None else self._head(rows)).float()
 
 

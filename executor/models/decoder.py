@@ -78,7 +78,7 @@ class Decoder:
         head = self._embedding if config.tied else weights.take("lm_head.weight", shapes=shapes)
         self._lm_head = backend.linear(head)
 
-    def forward(self, token_ids: Tensor, batch: StepBatch, kv: list[KVLayer], logits_at: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor, batch: StepBatch, kv: list[KVLayer], logits_at: Tensor | None) -> Tensor:
         """As `Model.forward`."""
         backend, eps, scale, cos_sin = self._backend, self._eps, self._scale, self._cos_sin
         rope_and_cache, attention = backend.rope_and_cache, backend.attention
@@ -89,11 +89,12 @@ class Decoder:
         for index, (qkv, q_norm, k_norm, window, output, mlp_norm, gate_up, down, next_norm) in enumerate(self._layers):
             pages = kv[index]
             q = rope_and_cache(qkv(normed), cos_sin, pages, batch, q_norm, k_norm, eps)
-            if index == last and not logits_at.numel():  # a chunk of a prompt, not its end: keys and values were all
+            some = logits_at if index == last else None
+            if some is not None and not some.numel():  # a chunk of a prompt, not its end: keys and values were all
                 return x.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
             mixed = attention(q, pages, batch, scale, window)
-            if index == last:
-                mixed, x = mixed.index_select(0, logits_at), x.index_select(0, logits_at)
+            if some is not None:
+                mixed, x = mixed.index_select(0, some), x.index_select(0, some)
             normed, x = linear_add_norm(output, mixed, x, mlp_norm, eps)
             normed, x = linear_add_norm(down, linear_silu_mul(gate_up, normed), x, next_norm, eps)
         return self._lm_head(normed, None, torch.float32)

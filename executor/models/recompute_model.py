@@ -31,7 +31,7 @@ class RecomputeModel:
         self.spec = spec
         self.module = module
 
-    def forward(self, token_ids: Tensor, batch: StepBatch, kv: list[KVLayer], logits_at: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor, batch: StepBatch, kv: list[KVLayer], logits_at: Tensor | None) -> Tensor:
         """As `Model.forward`; `token_ids` holds every token of each row, from position 0 on. `kv` is not used."""
         lengths = (batch.query_start[1:] - batch.query_start[:-1]).long()
         numbers = torch.arange(lengths.shape[0], device=token_ids.device)
@@ -40,7 +40,9 @@ class RecomputeModel:
         padded = token_ids.new_zeros((lengths.shape[0], batch.max_query_len))
         padded[rows, columns] = token_ids  # padding on the right: a causal model's earlier tokens never see it
         logits = as_logits(self.module(padded), self.spec.architecture)
-        return logits[rows[logits_at], columns[logits_at]].float()
+        if logits_at is not None:
+            rows, columns = rows[logits_at], columns[logits_at]
+        return logits[rows, columns].float()
 
 
 def wrap_recompute(module: torch.nn.Module, name: str, config: EngineConfig, device: torch.device) -> RecomputeModel:

@@ -88,16 +88,16 @@ class Recorder(EngineStep):
 
 
 def run_module(
-    module: PreTrainedModel, token_ids: Tensor, positions: Tensor, keep: Tensor | None, logits_at: Tensor
+    module: PreTrainedModel, token_ids: Tensor, positions: Tensor, keep: Tensor | None, logits_at: Tensor | None
 ) -> Tensor:
-    """Logits [M, V] float32 of the tokens `logits_at` [M] out of `token_ids` [T]. `keep`: the same rows, where the
-    module can leave the others out by itself."""
+    """Logits [M, V] float32 of the tokens `logits_at` [M] out of `token_ids` [T] (None: all). `keep`: the same rows,
+    where the module can leave the others out by itself."""
     options = {} if keep is None else {"logits_to_keep": keep}
     out: Any = module(
         input_ids=token_ids[None], position_ids=positions[None], use_cache=False, return_dict=True, **options
     )
     logits: Tensor = out.logits[0]
-    return (logits if keep is not None else logits.index_select(0, logits_at)).float()
+    return (logits if keep is not None or logits_at is None else logits.index_select(0, logits_at)).float()
 
 
 def checked_spec(module: PreTrainedModel) -> ModelSpec:

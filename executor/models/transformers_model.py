@@ -41,7 +41,7 @@ class TransformersModel:
         self._backend = backend
         self._keeps_rows = "logits_to_keep" in inspect.signature(module.forward).parameters
 
-    def forward(self, token_ids: Tensor, batch: StepBatch, kv: list[KVLayer], logits_at: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor, batch: StepBatch, kv: list[KVLayer], logits_at: Tensor | None) -> Tensor:
         """As `Model.forward`."""
         with engine_step(EngineStep(self._backend, batch, kv)):
             return run_module(

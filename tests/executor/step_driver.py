@@ -64,8 +64,9 @@ class Sequences:
         )
         last = {r: starts[i + 1] - 1 for i, r in enumerate(rows)}
         wanted = [last[r] for r in work] if logits_at is None else logits_at
+        at = None if wanted == list(range(len(ids))) else torch.tensor(wanted, dtype=torch.int64)
         with torch.inference_mode():
-            return self.model.forward(torch.tensor(ids), batch, self.kv, torch.tensor(wanted, dtype=torch.int64))
+            return self.model.forward(torch.tensor(ids), batch, self.kv, at)
 
     def _recompute(self, rows: list[int], order: list[int]) -> Tensor:
         """Such a model gets every token of each row."""

@@ -39,7 +39,7 @@ class TinyModel:
         self.poison, self.blight = -1, -1
         self.batches: list[list[int]] = []  # rows and tokens of each forward
 
-    def forward(self, token_ids: Tensor, batch: StepBatch, kv: list[KVLayer], logits_at: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor, batch: StepBatch, kv: list[KVLayer], logits_at: Tensor | None) -> Tensor:
         self.batches.append(batch.query_start.tolist())
         if bool((token_ids == self.poison).any()):
             raise KeyError("poison")
@@ -58,9 +58,9 @@ class TinyModel:
                 keys = kv[0].keys[blocks, 0].reshape(-1, WIDTH)[:length]
                 values = kv[0].values[blocks, 0].reshape(-1, WIDTH)[:length]
             mixed[here] = self._attend(q[here], batch.positions[here], keys, values)
-        logits = (mixed @ self.out.T)[logits_at]
-        logits[(token_ids == self.blight)[logits_at]] = float("nan")
-        return logits
+        logits = mixed @ self.out.T
+        logits[token_ids == self.blight] = float("nan")
+        return logits if logits_at is None else logits[logits_at]
 
     def dense(self, tokens: Sequence[int]) -> Tensor:
         """Logits [len(tokens), VOCAB] of one request, without blocks."""
