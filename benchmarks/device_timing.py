@@ -1,23 +1,22 @@
 """How long a kernel takes on the device, against what the card can do at most.
 
-Owns the clock (events around a CUDA graph of many launches, so that the host has no part in it), the measured ceilings
-and the figures made of both; must not know any kernel.
+Owns the measured ceilings and the figures made of them and of a kernel's time; must not know any kernel. The clock is
+the engine's own, `executor/backends/launch_clock.py`.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from fast_inference.executor.backends.check import relative_difference
+from fast_inference.executor.backends.launch_clock import seconds_per_launch
 from torch import Tensor
 
 BEYOND_L2 = 256 << 20  # bytes to walk through so that none is found in the cache
 LAUNCHES = 20  # in a graph, at least
-REPLAYS = 7  # of which the median counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,35 +49,9 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     side = 8192
     a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16)
     return Ceilings(
-        copy=2 * source.nbytes / seconds_per_launch([lambda: target.copy_(source)]),
-        product=2 * side**3 / seconds_per_launch([lambda: a @ b]),
+        copy=2 * source.nbytes / seconds_per_launch([lambda: target.copy_(source)], LAUNCHES),
+        product=2 * side**3 / seconds_per_launch([lambda: a @ b], LAUNCHES),
     )
-
-
-def seconds_per_launch(launches: Sequence[Callable[[], Tensor]]) -> float:
-    """The median over `REPLAYS` of one graph that holds all `launches`, as often as it takes to have `LAUNCHES`."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles, and lets libraries allocate what they need
-        for launch in launches:
-            launch()
-    torch.cuda.current_stream().wait_stream(side)
-    rounds = -(-LAUNCHES // len(launches))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for launch in launches:
-                launch()
-    graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times) / (rounds * len(launches))
 
 
 def figures(case: Case, seconds: float, ceilings: Ceilings) -> dict[str, Any]:

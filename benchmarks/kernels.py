@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from device_timing import Case, Ceilings, figures, largest_difference, measure_ceilings, seconds_per_launch
+from device_timing import LAUNCHES, Case, Ceilings, figures, largest_difference, measure_ceilings
 from fast_inference.executor.backends.check import TOLERANCE
+from fast_inference.executor.backends.launch_clock import seconds_per_launch
 from report import console, machine, write_json
 
 DTYPE = torch.bfloat16
@@ -41,7 +42,7 @@ def run(case: Case, ceilings: Ceilings, check: bool) -> dict[str, Any]:
     from triton.runtime.errors import OutOfResources
 
     try:
-        seconds = seconds_per_launch(case.launches)
+        seconds = seconds_per_launch(case.launches, LAUNCHES)
     except OutOfResources as error:
         print(f"{case.name:50} does not fit: {error}", flush=True)
         return {"name": case.name, "does_not_fit": str(error)}

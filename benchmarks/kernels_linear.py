@@ -49,15 +49,15 @@ MODELS = {
 
 
 def linear_cases(device: torch.device, dtype: torch.dtype, tune: bool) -> Iterator[Case]:
-    """All products of all models, by cuBLAS and, where that is something else, as the card's table says.
-    `benchmarks/tune_linear.py` makes the table."""
+    """All products of all models, by cuBLAS and, where that is something else, as the card's table says: what an engine
+    that served such a model on this card has measured."""
     tables = {"cuBLAS": LinearTable(), "table": load_table(table_path(device))}
     for model, layers in MODELS.items():
         for name, layer in layers.items():
             for rows in ROWS:
                 for source, table in tables.items():
                     plans = table.plans_of(layer.outs, layer.ins, dtype)
-                    if source == "cuBLAS" or (layer.operation, bucket(rows)) in plans:
+                    if source == "cuBLAS" or (layer.operation, bucket(rows) or 0) in plans:
                         yield make_case(f"{model} {name}, {rows} rows, {source}", layer, rows, table, device, dtype)
 
 

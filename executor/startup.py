@@ -78,9 +78,12 @@ def start(config: EngineConfig, progress: Progress, live: torch.nn.Module | None
     clock.end("memory")
     progress("warming up", 0, 0)
     warm_up(runner, config)
+    clock.end("warm_up")
+    if device.type == "cuda":
+        backend.tune(config.max_num_seqs, progress)
+    clock.end("tune")
     if graphs:  # behind the first steps, which are no hint of what will be wanted
         runner.graphs = make_graphs(model, runner, transfer)
-    clock.end("warm_up")
     if live is None:  # a caller's own process keeps its own garbage habits
         gc.collect()
         gc.freeze()

@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..checkpoint import Progress
+
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
@@ -64,6 +66,10 @@ class Backend(Protocol):
     # No operation asks the device anything, and attention's cost follows `seq_lens`, however large `max_seq_len` is: a
     # step may be recorded as a CUDA graph and replayed for longer rows.
     recordable: bool
+
+    def tune(self, most_rows: int, progress: Progress) -> None:
+        """Measure what is to be measured here for steps of up to `most_rows` rows, now that a first step has been run:
+        it may change how an operation is done, not its meaning."""
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """Pack `weight` [out, in] (and `bias` [out]); the caller drops its own reference afterwards."""

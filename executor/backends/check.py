@@ -35,7 +35,8 @@ def triton_backend(device: torch.device, dtype: torch.dtype) -> Backend:
         from .triton import TritonBackend
     except ImportError as error:
         raise KernelsUnavailable(f"triton can't be imported: {error}") from error
-    backend = TritonBackend(load_table(table_path(device)) if device.type == "cuda" else LinearTable())
+    path = table_path(device) if device.type == "cuda" else None
+    backend = TritonBackend(load_table(path) if path else LinearTable(), path)
     try:
         check_backend(backend, device, dtype)
     except (TritonError, RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:

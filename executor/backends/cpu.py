@@ -18,6 +18,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..checkpoint import Progress
 from ..kernels.cpu.build import load
 from ..kernels.cpu.pack import pack_bias, pack_weight
 from .base import KVLayer, Linear, StepBatch
@@ -126,6 +127,9 @@ class CpuBackend:
         self._kernels = {dtype: _Kernels(library, suffix) for dtype, suffix in SUFFIXES.items()}
         self._batch: StepBatch | None = None
         self._batch_struct = _StepBatch()
+
+    def tune(self, most_rows: int, progress: Progress) -> None:
+        """There is one way of doing each operation."""
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return CpuLinear(self._of(weight), weight, bias)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..checkpoint import Progress
 from .base import KVLayer, Linear, StepBatch
 
 MAX_SCORES = 1 << 25  # float32 scores held at a time while a prompt is attended: 128 MB
@@ -56,6 +57,9 @@ class TorchBackend:
     def __init__(self) -> None:
         self._batch: StepBatch | None = None
         self._bounds: list[tuple[int, int, int]] = []
+
+    def tune(self, most_rows: int, progress: Progress) -> None:
+        """There is one way of doing each operation."""
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return TorchLinear(weight, bias)

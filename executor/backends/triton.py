@@ -7,9 +7,12 @@ Importing this needs triton.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from weakref import WeakSet
 
 from torch import Tensor
 
+from ..checkpoint import Progress
 from ..kernels.gpu.attention_decode import decode_attention
 from ..kernels.gpu.attention_prefill import prefill_attention
 from ..kernels.gpu.attention_tiles import unsupported
@@ -20,6 +23,7 @@ from ..kernels.gpu.silu import silu_mul
 from .base import KVLayer, Linear, StepBatch
 from .torch import TorchBackend
 from .triton_linear import TritonLinear
+from .triton_tuning import FAILURES, tune
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +34,30 @@ class TritonBackend(TorchBackend):
     name = "triton"
     recordable = True
 
-    def __init__(self, table: LinearTable | None = None) -> None:
-        """`table`: which products are the kernel's; by default none."""
+    def __init__(self, table: LinearTable | None = None, path: Path | None = None) -> None:
+        """`table`: which products are the kernel's; by default none. `path`: where it is kept."""
         super().__init__()
-        self._table = table or LinearTable()
+        self._table = LinearTable() if table is None else table
+        self._path = path
+        self._linears: WeakSet[TritonLinear] = WeakSet()
         self._told: set[str] = set()  # why something went to torch, each reason logged once
         self._compiled: set[object] = set()  # attention kernels, each with what it is compiled for
 
+    def tune(self, most_rows: int, progress: Progress) -> None:
+        """Choose between product kernels and cuBLAS where that has not been done on this card yet."""
+        linears = list(self._linears)
+        try:
+            if tune(linears, self._table, most_rows, progress) and self._path is not None:
+                self._table.save(self._path)
+        except FAILURES as error:
+            log.warning("some products are cuBLAS's, unmeasured: %s: %s", type(error).__name__, error)
+        for linear in linears:
+            linear.consult(self._table)
+
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        return TritonLinear(weight, bias, self._table)
+        linear = TritonLinear(weight, bias, self._table)
+        self._linears.add(linear)
+        return linear
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm(x, weight, eps)
@@ -47,14 +66,14 @@ class TritonBackend(TorchBackend):
         return silu_mul(gate_up)
 
     def linear_silu_mul(self, linear: Linear, x: Tensor) -> Tensor:
-        joined = linear.silu_mul(x) if isinstance(linear, TritonLinear) else None
-        return silu_mul(linear(x)) if joined is None else joined
+        return linear.silu_mul(x) if isinstance(linear, TritonLinear) else silu_mul(linear(x))
 
     def linear_add_norm(
         self, linear: Linear, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        joined = linear.add_norm(x, residual, weight, eps) if isinstance(linear, TritonLinear) else None
-        return add_rms_norm(linear(x), residual, weight, eps) if joined is None else joined
+        if isinstance(linear, TritonLinear):
+            return linear.add_norm(x, residual, weight, eps)
+        return add_rms_norm(linear(x), residual, weight, eps)
 
     def rope_and_cache(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...backends.base import KVLayer, StepBatch
 from .attention_splits import choose_splits, make_parts, merge_parts, processors, store_part
 from .attention_tiles import Tile, absorb, load_rows, page_offsets, score_factors, soft_capped
+from .overlap import await_results, overlapped
 
 PROGRAMS_PER_PROCESSOR = 2  # that are resident at a time: one begins while another is in full swing
 TILE_BYTES = 96 << 10  # of shared memory for keys and values under way
@@ -54,7 +55,7 @@ def decode_attention(
         factor, cap, window or 0, splits, batch.block_tables.stride(0), kv.keys.stride(0),
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD=head_size, HEAD_PAD=triton.next_power_of_2(head_size),
         BLOCK_SIZE=block_size, ROWS=tile.rows, TILE=tile.keys, WINDOWED=bool(window), CAPPED=bool(soft_cap),
-        SPLIT=splits > 1, num_warps=tile.warps, num_stages=tile.stages,
+        SPLIT=splits > 1, num_warps=tile.warps, num_stages=tile.stages, **overlapped(),
     )  # fmt: skip
     if splits > 1:
         merge_parts(means, sizes, out)
@@ -75,9 +76,11 @@ def _decode(
     factor, cap, window, splits, table_stride, block_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SPLIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row, one kv head, one part."""
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    await_results(OVERLAP)
     length = tl.load(seq_lens + row)
     first = tl.maximum(length - window, 0) if WINDOWED else 0
     first_tile = first // TILE

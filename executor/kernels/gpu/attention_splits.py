@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap import await_results, overlapped
+
 MAX_SPLITS = 64  # a power of two: the merge is compiled for it, and serves all numbers up to it
 AT_ONCE = 8  # parts that the merge reads at a time: mostly there are no more
 
@@ -49,6 +51,7 @@ def merge_parts(means: Tensor, sizes: Tensor, out: Tensor) -> None:
     _merge[(tokens * heads,)](
         means, sizes, out, splits,
         HEAD=head_size, HEAD_PAD=triton.next_power_of_2(head_size), SPLITS_PAD=MAX_SPLITS, AT_ONCE=AT_ONCE,
+        **overlapped(),
     )  # fmt: skip
 
 
@@ -56,8 +59,10 @@ def merge_parts(means: Tensor, sizes: Tensor, out: Tensor) -> None:
 def _merge(
     means, sizes, out, splits,
     HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr, AT_ONCE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One head of one token: its parts, each weighted by its share of the softmax's sum."""
+    await_results(OVERLAP)
     head = tl.program_id(0).to(tl.int64)
     means += head * splits * HEAD
     sizes += head * splits

@@ -10,29 +10,17 @@ bfloat16 and float16; sums in float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .linear_plan import Plan
 from .norm import scaled, warps_for
+from .overlap import await_results, overlapped
 from .silu import gated
 
 FINISH_TILE = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How work is cut. `rows`, `outs`, `ins`: of one tile, powers of two of at least 16; `splits`: parts of a sum."""
-
-    rows: int
-    outs: int
-    ins: int
-    splits: int
-    stages: int
-    warps: int
 
 
 def multiply(
@@ -47,7 +35,7 @@ def multiply(
     parts = _parts(x, weight, plan)
     _finish[(rows, triton.cdiv(size, FINISH_TILE))](
         parts, bias, residual, out, rows, size, SPLITS=plan.splits, BIAS=bias is not None,
-        RESIDUAL=residual is not None, TILE=FINISH_TILE, num_warps=4,
+        RESIDUAL=residual is not None, TILE=FINISH_TILE, num_warps=4, **overlapped(),
     )  # fmt: skip
     return out
 
@@ -72,7 +60,7 @@ def multiply_add_norm(
     block = triton.next_power_of_2(size)
     _finish_norm[(rows,)](
         parts, bias, residual, norm, normed, total, rows, size, eps, SPLITS=plan.splits, BIAS=bias is not None,
-        BLOCK=block, num_warps=warps_for(block),
+        BLOCK=block, num_warps=warps_for(block), **overlapped(),
     )  # fmt: skip
     return normed, total
 
@@ -93,23 +81,30 @@ def _launch(
     plan: Plan,
     gate: bool = False,
 ) -> None:
+    x = x.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    if plan.hopper:
+        from .linear_hopper import launch_hopper  # its language may be missing where nothing asks for it
+
+        launch_hopper(x, weight, bias, residual, out, plan, gate)
+        return
     rows, width = x.shape
     size = out.shape[-1]
     row_tiles, out_tiles = triton.cdiv(rows, plan.rows), triton.cdiv(size, plan.outs)
     steps = triton.cdiv(triton.cdiv(width, plan.ins), plan.splits)
     _product[(row_tiles * out_tiles, plan.splits)](
-        x.contiguous(), weight, bias, None if residual is None else residual.contiguous(), out,
+        x, weight, bias, residual, out,
         rows, size, width, row_tiles, steps,
         GATE=gate, BIAS=bias is not None, RESIDUAL=residual is not None, WHOLE=width % (plan.ins * plan.splits) == 0,
-        ROWS=plan.rows, OUTS=plan.outs, INS=plan.ins, num_stages=plan.stages, num_warps=plan.warps,
+        ROWS=plan.rows, OUTS=plan.outs, INS=plan.ins, num_stages=plan.stages, num_warps=plan.warps, **overlapped(),
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows", "row_tiles"])  # else 1, 16 and 17 rows would each be compiled
+@triton.jit(do_not_specialize=["rows", "row_tiles", "steps"])  # else 1, 16 and 17 rows would each be compiled
 def _product(
     x, weight, bias, residual, out, rows, size, width, row_tiles, steps,
     GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, WHOLE: tl.constexpr,
-    ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
+    ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # Tiles of the same weights lie side by side, so that those are read from memory once.
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -121,6 +116,7 @@ def _product(
     inputs = x + row.to(tl.int64) * width + place[:, None]
     total = tl.zeros((OUTS, ROWS), tl.float32)
     second = tl.zeros((OUTS, ROWS), tl.float32)
+    await_results(OVERLAP)
     for step in range(steps):
         if WHOLE:
             inside_w, inside_x = feature < size, row < rows
@@ -161,10 +157,12 @@ def _sum_parts(parts, row, column, inside, rows, size, SPLITS: tl.constexpr, TIL
 def _finish(
     parts, bias, residual, out, rows, size,
     SPLITS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = column < size
+    await_results(OVERLAP)
     total = _sum_parts(parts, row, column, inside, rows, size, SPLITS, TILE)
     if BIAS:
         total += tl.load(bias + column, inside, 0.0).to(tl.float32)
@@ -176,16 +174,17 @@ def _finish(
 @triton.jit(do_not_specialize=["rows"])
 def _finish_norm(
     parts, bias, residual, norm, normed, total, rows, size, eps,
-    SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < size
+    factor = tl.load(norm + column, inside, 0.0).to(tl.float32)
+    await_results(OVERLAP)
     value = _sum_parts(parts, row, column, inside, rows, size, SPLITS, BLOCK)
     if BIAS:
         value += tl.load(bias + column, inside, 0.0).to(tl.float32)
     value += tl.load(residual + row * size + column, inside, 0.0).to(tl.float32)
     rounded = value.to(total.dtype.element_ty)
     tl.store(total + row * size + column, rounded, inside)
-    factor = tl.load(norm + column, inside, 0.0).to(tl.float32)
     tl.store(normed + row * size + column, scaled(rounded.to(tl.float32), factor, size, eps), inside)

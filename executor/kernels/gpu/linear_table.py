@@ -1,16 +1,17 @@
-"""Which products go to this project's kernel, and cut how: what was fastest on this card.
+"""Which products go to this project's kernels, and cut how: what was fastest on this card.
 
-Owns the plans worth trying, the choice among measured ones, and the file that keeps it; must not know clocks (the
-measurement is `benchmarks/tune_linear.py`) or models. Products that are not in the table are cuBLAS's.
+Owns the plans worth trying, the choice among measured ones, and the file that keeps it; must not know clocks
+(`backends/triton_tuning.py` measures) or models. Products that are not in the table are cuBLAS's.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,14 +20,17 @@ import torch
 import triton
 
 from ....protocol.endpoints import home
-from .linear import Plan
+from .linear_plan import Plan
 
 log = logging.getLogger(__name__)
 
 Operation = Literal["linear", "linear_silu_mul", "linear_add_norm"]
 OPERATIONS: tuple[Operation, ...] = ("linear", "linear_silu_mul", "linear_add_norm")
-MOST_ROWS = 256
-SHARED_BYTES = 160 << 10  # of the tiles under way in one program
+BUCKETS = (1, 16, 32, 64, 128, 192, 256)  # numbers of rows that are measured; each serves those below
+SHARED_BYTES = 216 << 10  # of the tiles under way on one processor
+KERNELS = ("linear.py", "linear_hopper.py")
+MOST_STAGES = 18  # each is asked for by a program before it computes
+SPLITS = (2, 3, 4, 6, 8)
 MARGIN = 0.97  # of cuBLAS's time that a plan may take: what is closer is noise
 
 
@@ -41,34 +45,55 @@ class Product:
     dtype: str
 
 
-def bucket(rows: int) -> int:
-    """`rows` (at least 1) rounded up to a power of two: what is measured at that size serves all below."""
-    return 1 << (rows - 1).bit_length()
+def bucket(rows: int) -> int | None:
+    """The measured number of rows that stands for `rows`; None for more than any."""
+    return next((size for size in BUCKETS if rows <= size), None)
 
 
-def buckets() -> list[int]:
-    """Those that a table covers."""
-    return [1 << i for i in range(MOST_ROWS.bit_length())]
-
-
-def candidates(product: Product, processors: int) -> list[Plan]:
-    """Plans worth measuring on a card with so many `processors`: sums are cut into parts while that gives work to idle
-    ones, and not into parts so short that adding them up would cost more."""
+def candidates(product: Product, processors: int, hopper: bool) -> list[Plan]:
+    """Plans worth measuring on a card with so many `processors`, which are `hopper`'s or not: sums are cut into parts
+    while that gives work to idle ones, and not into parts so short that adding them up would cost more."""
     gate = product.operation == "linear_silu_mul"
-    rows = max(16, min(product.rows, 128))
     width = product.outs // 2 if gate else product.outs
-    plans = []
+    return list(_tiled(product, width, gate, processors) if hopper else _pointed(product, width, gate, processors))
+
+
+def _tiled(product: Product, width: int, gate: bool, processors: int) -> Iterator[Plan]:
+    """For the kernel whose tiles come by the copy engine: a program fills a processor's memory with what is under way,
+    so one of the next kernel begins there as soon as it ends."""
+    row_tile, halves = max(16, _power_of_two(product.rows)), 2 if gate else 1
+    for rows, outs, ins in itertools.product(sorted({row_tile, min(row_tile, 128)}), (64, 128), (64, 128)):
+        sums, stages = halves * outs * rows, SHARED_BYTES // ((halves * outs + rows) * ins * 2)
+        if sums > 256 * 128 or ins > product.ins or stages < 3:  # neither registers nor memory have room for more
+            continue
+        warps = 8 if sums >= 128 * 128 or (outs == 128 and rows >= 64) else 4
+        programs = -(-product.rows // rows) * -(-width // outs)
+        for splits in (1,) if gate else _splits(programs, product.ins // (4 * ins), processors):
+            yield Plan(rows, outs, ins, splits, min(stages, MOST_STAGES), warps, hopper=True)
+
+
+def _splits(programs: int, most: int, processors: int) -> list[int]:
+    """Numbers of parts worth trying: those that give work to a third of the processors, and to none for long."""
+    fitting = [1, *(n for n in SPLITS if n <= most and programs * n <= 2 * processors + 8)]
+    return [n for n in fitting if 3 * programs * n >= processors] or fitting[-1:]
+
+
+def _pointed(product: Product, width: int, gate: bool, processors: int) -> Iterator[Plan]:
+    """For the kernel that every GPU can run."""
+    rows = max(16, min(_power_of_two(product.rows), 128))
     for outs, ins in itertools.product((32, 64, 128), (64, 128)):
-        stages = min(6, SHARED_BYTES // (((2 if gate else 1) * outs + rows) * ins * 2))
+        stages = min(6, (160 << 10) // (((2 if gate else 1) * outs + rows) * ins * 2))
         programs = -(-product.rows // rows) * -(-width // outs)
         if stages < 2 or ins > product.ins or (outs == 32 and programs > 4 * processors):
             continue
         warps = 8 if outs == 128 and rows >= 64 else 4
-        plans.append(Plan(rows, outs, ins, 1, stages, warps))
-        for splits in (2, 4, 8):
-            if not gate and product.ins // splits >= 4 * ins and programs * splits <= 4 * processors:
-                plans.append(Plan(rows, outs, ins, splits, stages, warps))
-    return plans
+        for splits in (1,) if gate else (1, 2, 4, 8):
+            if splits == 1 or (product.ins // splits >= 4 * ins and programs * splits <= 4 * processors):
+                yield Plan(rows, outs, ins, splits, stages, warps)
+
+
+def _power_of_two(rows: int) -> int:
+    return 1 << (rows - 1).bit_length()
 
 
 def fastest(seconds: Mapping[Plan | None, float]) -> Plan | None:
@@ -116,8 +141,9 @@ def load_table(path: Path) -> LinearTable:
 
 
 def table_path(device: torch.device) -> Path:
-    """Where the table of `device`'s card is kept: measurements of other versions of the compiler don't count."""
-    name = f"{torch.cuda.get_device_name(device)}-torch-{torch.__version__}-triton-{triton.__version__}"
+    """Where the table of `device`'s card is kept: measurements of other versions of compiler or kernels don't count."""
+    kernels = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in KERNELS)).hexdigest()[:8]
+    name = f"{torch.cuda.get_device_name(device)}-torch-{torch.__version__}-triton-{triton.__version__}-{kernels}"
     return home() / "linear" / (re.sub(r"[^A-Za-z0-9.+-]+", "-", name) + ".json")
 
 

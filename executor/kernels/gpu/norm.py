@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap import await_results, overlapped
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x` [..., H] over its last dimension, times `weight` [H]. Returns the like of `x`, contiguous."""
@@ -19,7 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x)
     if rows := x.numel() // size:
         block = triton.next_power_of_2(size)
-        _rms_norm[(rows,)](x, weight, out, size, eps, BLOCK=block, num_warps=warps_for(block))
+        _rms_norm[(rows,)](x, weight, out, size, eps, BLOCK=block, num_warps=warps_for(block), **overlapped())
     return out
 
 
@@ -33,7 +35,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     normed, total = torch.empty_like(x), torch.empty_like(x)
     if rows := x.numel() // size:
         block = triton.next_power_of_2(size)
-        _add_rms_norm[(rows,)](x, residual, weight, normed, total, size, eps, BLOCK=block, num_warps=warps_for(block))
+        _add_rms_norm[(rows,)](
+            x, residual, weight, normed, total, size, eps, BLOCK=block, num_warps=warps_for(block), **overlapped()
+        )
     return normed, total
 
 
@@ -49,23 +53,25 @@ def scaled(x, weight, size, eps):
 
 
 @triton.jit
-def _rms_norm(x, weight, out, size, eps, BLOCK: tl.constexpr):
+def _rms_norm(x, weight, out, size, eps, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * size
     column = tl.arange(0, BLOCK)
     inside = column < size
-    value = tl.load(x + row + column, inside, 0.0).to(tl.float32)
     factor = tl.load(weight + column, inside, 0.0).to(tl.float32)
+    await_results(OVERLAP)
+    value = tl.load(x + row + column, inside, 0.0).to(tl.float32)
     tl.store(out + row + column, scaled(value, factor, size, eps), inside)
 
 
 @triton.jit
-def _add_rms_norm(x, residual, weight, normed, total, size, eps, BLOCK: tl.constexpr):
+def _add_rms_norm(x, residual, weight, normed, total, size, eps, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * size
     column = tl.arange(0, BLOCK)
     inside = column < size
+    factor = tl.load(weight + column, inside, 0.0).to(tl.float32)
+    await_results(OVERLAP)
     value = tl.load(x + row + column, inside, 0.0).to(tl.float32)
     value += tl.load(residual + row + column, inside, 0.0).to(tl.float32)
     rounded = value.to(total.dtype.element_ty)
     tl.store(total + row + column, rounded, inside)
-    factor = tl.load(weight + column, inside, 0.0).to(tl.float32)
     tl.store(normed + row + column, scaled(rounded.to(tl.float32), factor, size, eps), inside)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap import await_results, overlapped
+
 HEAD_TILE = 8
 
 
@@ -57,6 +59,7 @@ def rope_and_cache(
             Q_NORM=q_norm is not None,
             K_NORM=k_norm is not None,
             num_warps=4,
+            **overlapped(),
         )
     return q
 
@@ -78,6 +81,7 @@ def write_kv(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slot_mapping: T
             SIZE=size,
             PAD=triton.next_power_of_2(size),
             num_warps=1,
+            **overlapped(),
         )
 
 
@@ -117,7 +121,9 @@ def _rope_and_cache(
     HEAD_TILE: tl.constexpr,
     Q_NORM: tl.constexpr,
     K_NORM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    await_results(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     total = heads + 2 * kv_heads
     head = (tl.program_id(1) * HEAD_TILE + tl.arange(0, HEAD_TILE))[:, None]
@@ -170,7 +176,9 @@ def _write_kv(
     value_token,
     SIZE: tl.constexpr,
     PAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    await_results(OVERLAP)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, PAD)
     inside = column < SIZE

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap import await_results, overlapped
+
 BLOCK = 1024
 
 
@@ -19,7 +21,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     rows, width = gate_up.shape
     out = torch.empty((rows, width // 2), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
-        _silu_mul[(rows, triton.cdiv(width // 2, BLOCK))](gate_up, out, width // 2, BLOCK=BLOCK, num_warps=4)
+        grid = rows, triton.cdiv(width // 2, BLOCK)
+        _silu_mul[grid](gate_up, out, width // 2, BLOCK=BLOCK, num_warps=4, **overlapped())
     return out
 
 
@@ -30,7 +33,8 @@ def gated(gate, up):
 
 
 @triton.jit
-def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr):
+def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    await_results(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size

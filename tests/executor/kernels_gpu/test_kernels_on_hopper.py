@@ -17,7 +17,8 @@ import sys; sys.path.insert(0, {folder!r})
 from hopper import SHARED_MEMORY, compiled
 import torch
 from fast_inference.executor.draw_columns import DrawColumns
-from fast_inference.executor.kernels.gpu.linear import Plan, multiply, multiply_add_norm, multiply_silu_mul
+from fast_inference.executor.kernels.gpu.linear import multiply, multiply_add_norm, multiply_silu_mul
+from fast_inference.executor.kernels.gpu.linear_plan import Plan
 from fast_inference.executor.kernels.gpu.norm import add_rms_norm, rms_norm
 from fast_inference.executor.kernels.gpu.rope import rope_and_cache, write_kv
 from fast_inference.executor.kernels.gpu.silu import silu_mul
@@ -33,6 +34,10 @@ plan, cut = Plan(16, 64, 128, 1, 4, 4), Plan(64, 64, 64, 2, 4, 4)
 multiply(x, half(256, 512), None, half(16, 256), torch.bfloat16, plan)
 multiply(x, half(256, 512), norm[:256], None, torch.float32, cut)
 multiply_silu_mul(x, half(256, 512), None, plan)
+multiply_add_norm(x, half(512, 512), None, x, norm, 1e-5, cut)
+plan, cut = Plan(16, 64, 128, 1, 4, 4, hopper=True), Plan(128, 128, 64, 2, 4, 8, hopper=True)
+multiply(x, half(256, 512), norm[:256], half(16, 256), torch.float32, plan)
+multiply_silu_mul(x, half(256, 512), norm, plan)
 multiply_add_norm(x, half(512, 512), None, x, norm, 1e-5, cut)
 
 step, slots, floats = step_kernels_unchecked(), torch.zeros(17, 64, dtype=torch.int32), torch.zeros(16)
@@ -57,4 +62,4 @@ def test_every_kernel_compiles_and_finds_room_on_the_card() -> None:
     code = COMPILE.format(folder=str(Path(__file__).parent))
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.split()) == 18, done.stdout
+    assert len(done.stdout.split()) == 19, done.stdout

@@ -9,13 +9,17 @@ import pytest
 import torch
 from fast_inference.executor.backends.torch import TorchBackend
 from fast_inference.executor.backends.triton import TritonBackend
-from fast_inference.executor.kernels.gpu.linear import Plan, multiply, multiply_add_norm, multiply_silu_mul
+from fast_inference.executor.backends.triton_linear import TritonLinear
+from fast_inference.executor.backends.triton_tuning import tune
+from fast_inference.executor.kernels.gpu.linear import multiply, multiply_add_norm, multiply_silu_mul
+from fast_inference.executor.kernels.gpu.linear_plan import Plan
 from fast_inference.executor.kernels.gpu.linear_table import (
-    MOST_ROWS,
+    BUCKETS,
+    SHARED_BYTES,
     LinearTable,
+    Operation,
     Product,
     bucket,
-    buckets,
     candidates,
     fastest,
     load_table,
@@ -25,6 +29,7 @@ from torch import Tensor
 REFERENCE = TorchBackend()
 SMALL = Plan(rows=16, outs=16, ins=16, splits=1, stages=2, warps=4)
 SPLIT = Plan(rows=16, outs=32, ins=32, splits=3, stages=2, warps=4)
+OPERATIONS: tuple[Operation, ...] = ("linear", "linear_silu_mul", "linear_add_norm")
 BOUND = {torch.float16: 4e-3, torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
 
@@ -37,23 +42,26 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=BOUND[actual.dtype], atol=BOUND[actual.dtype])
 
 
-def check(
-    rows: int, outs: int, ins: int, plan: Plan, biased: bool, device: torch.device, dtype: torch.dtype = torch.float16
-) -> None:
+def check(product: Product, rows: int, plan: Plan, biased: bool, device: torch.device) -> None:
+    """The operation on `rows` rows by `plan`, against torch's."""
+    operation, outs, ins, dtype = product.operation, product.outs, product.ins, getattr(torch, product.dtype)
     x = randn(rows, ins, device=device, seed=1, dtype=dtype)
     weight = randn(outs, ins, device=device, seed=2, dtype=dtype) * ins**-0.5
     bias = randn(outs, device=device, seed=3, dtype=dtype) if biased else None
     residual = randn(rows, outs, device=device, seed=4, dtype=dtype)
     norm = randn(outs, device=device, seed=5, dtype=dtype)
     linear = REFERENCE.linear(weight, bias)
+    if operation == "linear_silu_mul":
+        assert_close(multiply_silu_mul(x, weight, bias, plan), REFERENCE.linear_silu_mul(linear, x))
+        return
+    if operation == "linear_add_norm":
+        mine = multiply_add_norm(x, weight, bias, residual, norm, 1e-5, plan)
+        for part, expected in zip(mine, REFERENCE.linear_add_norm(linear, x, residual, norm, 1e-5), strict=True):
+            assert_close(part, expected)
+        return
     assert_close(multiply(x, weight, bias, None, dtype, plan), linear(x))
     assert_close(multiply(x, weight, bias, residual, dtype, plan), linear(x, residual))
     assert_close(multiply(x, weight, bias, None, torch.float32, plan), linear(x, None, torch.float32))
-    mine = multiply_add_norm(x, weight, bias, residual, norm, 1e-5, plan)
-    for part, expected in zip(mine, REFERENCE.linear_add_norm(linear, x, residual, norm, 1e-5), strict=True):
-        assert_close(part, expected)
-    if plan.splits == 1:
-        assert_close(multiply_silu_mul(x, weight, bias, plan), REFERENCE.linear_silu_mul(linear, x))
 
 
 @pytest.mark.parametrize("biased", (False, True))
@@ -62,22 +70,66 @@ def check(
 def test_products_and_their_endings_are_those_of_torch(
     rows: int, outs: int, ins: int, plan: Plan, biased: bool, device: torch.device
 ) -> None:
-    check(rows, outs, ins, plan, biased, device)
+    for operation in OPERATIONS:
+        if plan.splits == 1 or operation != "linear_silu_mul":
+            check(Product(operation, rows, outs, ins, "float16"), rows, plan, biased, device)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", (1, 7, 16, 40, 256))
-@pytest.mark.parametrize(("outs", "ins"), ((4096, 14336), (6144, 1024)))
-def test_every_candidate_is_right_at_real_sizes(rows: int, outs: int, ins: int, cuda: torch.device) -> None:
-    for operation in ("linear", "linear_silu_mul"):
-        for plan in candidates(Product(operation, bucket(rows), outs, ins, "bfloat16"), 132):
-            check(rows, outs, ins, plan, False, cuda, torch.bfloat16)
+@pytest.mark.parametrize("hopper", (False, True), ids=("pointers", "copy engine"))
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("rows", (1, 7, 16, 40, 100, 256))
+@pytest.mark.parametrize(("outs", "ins", "dtype"), ((4096, 4096, "bfloat16"), (1000, 2056, "float16")))
+def test_every_candidate_is_right_at_real_sizes(
+    rows: int, outs: int, ins: int, dtype: str, operation: Operation, hopper: bool, cuda: torch.device
+) -> None:
+    if hopper and torch.cuda.get_device_capability(cuda)[0] != 9:
+        pytest.skip("no Hopper GPU")
+    product = Product(operation, bucket(rows) or 0, outs, ins, dtype)
+    for plan in candidates(product, 132, hopper):
+        check(product, rows, plan, rows == 7, cuda)
+
+
+@pytest.mark.gpu
+def test_the_same_rows_give_the_same_result_while_other_kernels_run_in_front(cuda: torch.device) -> None:
+    x = randn(64, 2048, device=cuda, seed=1, dtype=torch.bfloat16)
+    weight = randn(2048, 2048, device=cuda, seed=2, dtype=torch.bfloat16) * 2048**-0.5
+    product = Product("linear", 64, 2048, 2048, "bfloat16")
+    for plan in candidates(product, 132, torch.cuda.get_device_capability(cuda)[0] == 9):
+        chained = x
+        for _ in range(50):  # each waits for the one in front, or reads what is not there yet
+            chained = multiply(chained, weight, None, x, torch.bfloat16, plan)
+        again = x
+        for _ in range(50):
+            again = multiply(again, weight, None, x, torch.bfloat16, plan)
+            torch.cuda.synchronize()
+        assert torch.equal(chained, again), plan
+
+
+@pytest.mark.gpu
+def test_products_of_a_model_are_measured_once_and_then_done_as_the_table_says(
+    cuda: torch.device, tmp_path: Path
+) -> None:
+    path = tmp_path / "table.json"
+    x, norm = randn(3, 1024, device=cuda, seed=3, dtype=torch.bfloat16), torch.ones(1024, device=cuda).bfloat16()
+    backend = TritonBackend(load_table(path), path)
+    linear = backend.linear(randn(1024, 1024, device=cuda, seed=1, dtype=torch.bfloat16) / 32)
+    float32 = backend.linear(randn(1024, 1024, device=cuda, seed=1, dtype=torch.float32))
+    before = backend.linear_add_norm(linear, x, x, norm, 1e-5)
+    float32(x.float())
+    backend.tune(60, lambda *_: None)
+    measured = load_table(path).plans
+    assert {(product.operation, product.rows) for product in measured} == {
+        ("linear_add_norm", rows) for rows in (1, 16, 32, 64)
+    }
+    for mine, expected in zip(backend.linear_add_norm(linear, x, x, norm, 1e-5), before, strict=True):
+        assert_close(mine, expected)
+    assert tune([linear], load_table(path), 60, lambda *_: None) == 0
 
 
 def test_a_backend_with_a_table_gives_what_one_without_gives(device: torch.device) -> None:
     weight = randn(64, 48, device=device, seed=1) * 48**-0.5
-    names = ("linear", "linear_silu_mul", "linear_add_norm")
-    table = LinearTable({Product(name, 4, 64, 48, "float16"): SMALL for name in names})
+    table = LinearTable({Product(operation, 16, 64, 48, "float16"): SMALL for operation in OPERATIONS})
     residual, norm = (randn(*shape, device=device, seed=2) for shape in ((3, 64), (64,)))
     for x in (randn(3, 48, device=device, seed=3), randn(1, 48, device=device, seed=3)):  # one row: not in the table
         results = []
@@ -92,27 +144,43 @@ def test_a_backend_with_a_table_gives_what_one_without_gives(device: torch.devic
 def test_float32_is_never_the_kernels_even_where_a_table_says_so(device: torch.device) -> None:
     weight = randn(32, 48, device=device, seed=1, dtype=torch.float32)
     x = randn(3, 48, device=device, seed=2, dtype=torch.float32)
-    backend = TritonBackend(LinearTable({Product("linear", 4, 32, 48, "float32"): SMALL}))
+    backend = TritonBackend(LinearTable({Product("linear", 16, 32, 48, "float32"): SMALL}))
     assert torch.equal(backend.linear(weight)(x), REFERENCE.linear(weight)(x))
 
 
 def test_rows_are_rounded_up_to_measured_sizes() -> None:
-    assert [bucket(rows) for rows in (1, 2, 3, 16, 17, 200, 256)] == [1, 2, 4, 16, 32, 256, 256]
-    assert buckets() == [1, 2, 4, 8, 16, 32, 64, 128, 256]
-    assert all(bucket(rows) in buckets() for rows in range(1, MOST_ROWS + 1))
+    assert [bucket(rows) for rows in (1, 2, 16, 17, 130, 200, 256, 257)] == [1, 16, 16, 32, 192, 256, 256, None]
 
 
-def test_candidates_are_few_and_fit_on_the_card() -> None:
-    for operation in ("linear", "linear_silu_mul", "linear_add_norm"):
-        for rows in buckets():
-            for outs, ins in ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (1024, 3072), (151936, 1024)):
-                plans = candidates(Product(operation, rows, outs, ins, "bfloat16"), 132)
-                assert 1 <= len(plans) <= 24
-                assert len(set(plans)) == len(plans)
-                halves = 2 if operation == "linear_silu_mul" else 1
-                for plan in plans:
-                    assert plan.stages * (halves * plan.outs + plan.rows) * plan.ins * 2 <= 160 << 10
-                    assert plan.splits == 1 or halves == 1
+@pytest.mark.parametrize("hopper", (False, True))
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    ("outs", "ins"), ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (1024, 3072), (151936, 1024), (64, 64))
+)
+def test_candidates_are_few_and_fit_on_the_card(operation: Operation, outs: int, ins: int, hopper: bool) -> None:
+    for rows in BUCKETS:
+        plans = candidates(Product(operation, rows, outs, ins, "bfloat16"), 132, hopper)
+        assert 1 <= len(plans) <= 24
+        assert len(set(plans)) == len(plans)
+        halves = 2 if operation == "linear_silu_mul" else 1
+        for plan in plans:
+            assert plan.hopper == hopper
+            assert plan.stages * (halves * plan.outs + plan.rows) * plan.ins * 2 <= SHARED_BYTES
+            assert plan.splits == 1 or halves == 1
+
+
+@pytest.mark.parametrize("device", ("cpu",))
+def test_layers_know_what_they_were_asked_for_and_take_up_what_was_measured(device: str) -> None:
+    table = LinearTable()
+    backend = TritonBackend(table)
+    linear = backend.linear(randn(64, 48, device=torch.device(device), seed=1) * 48**-0.5)
+    assert isinstance(linear, TritonLinear)
+    x = randn(2, 48, device=torch.device(device), seed=2)
+    expected = backend.linear_silu_mul(linear, x)
+    assert linear.asked == {"linear_silu_mul"}
+    table.plans[Product("linear_silu_mul", 16, 64, 48, "float16")] = SMALL
+    linear.consult(table)
+    assert_close(backend.linear_silu_mul(linear, x), expected)
 
 
 def test_a_plan_must_be_clearly_faster_than_cublas() -> None:

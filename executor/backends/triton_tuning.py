@@ -1,0 +1,119 @@
+"""Which products of a model this project's kernels do faster than cuBLAS: measured once on a card, on its weights.
+
+Owns the inputs, the clock and the order of measurements; must not know models, or where the table is kept. All kernels
+are compiled first, side by side: the compiler takes far longer than the measuring.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from triton.errors import TritonError
+
+from ..checkpoint import Progress
+from ..kernels.gpu.linear import multiply, multiply_add_norm, multiply_silu_mul
+from ..kernels.gpu.linear_plan import Plan
+from ..kernels.gpu.linear_table import BUCKETS, LinearTable, Product, bucket, candidates, fastest
+from ..kernels.gpu.norm import add_rms_norm
+from ..kernels.gpu.silu import silu_mul
+from ..threads import usable_cores
+from .check import TOLERANCE, relative_difference
+from .launch_clock import seconds_per_launch
+from .triton_linear import HALVES, TritonLinear
+
+log = logging.getLogger(__name__)
+
+LAUNCHES = 24  # in a graph, on as many different weights as there are
+MEASURED_BYTES = 1 << 30  # of weights, of which no graph reads many more
+# Of a plan: the compiler's and the driver's, and what another version of the compiler may no longer have.
+FAILURES = (TritonError, RuntimeError, AssertionError, ValueError, OSError, ImportError, AttributeError, TypeError)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One product, with all layers that have such a one, and inputs for it."""
+
+    product: Product
+    linears: Sequence[TritonLinear]
+    x: Tensor
+    residual: Tensor
+    norm: Tensor
+
+    def run(self, linear: TritonLinear, plan: Plan | None) -> Tensor:
+        """The operation on the weights of `linear`: None is cuBLAS with the kernel of what follows."""
+        x, weight, bias = self.x, linear.weight, linear.bias
+        match self.product.operation:
+            case "linear" if plan is None:
+                return torch.nn.functional.linear(x, weight, bias)
+            case "linear":
+                return multiply(x, weight, bias, None, x.dtype, plan)
+            case "linear_silu_mul" if plan is None:
+                return silu_mul(torch.nn.functional.linear(x, weight, bias))
+            case "linear_silu_mul":
+                return multiply_silu_mul(x, weight, bias, plan)
+        if plan is None:
+            return add_rms_norm(torch.nn.functional.linear(x, weight, bias), self.residual, self.norm, 1e-5)[0]
+        return multiply_add_norm(x, weight, bias, self.residual, self.norm, 1e-5, plan)[0]
+
+
+def tune(linears: Sequence[TritonLinear], table: LinearTable, most_rows: int, progress: Progress) -> int:
+    """Fill `table` with the choice for every operation that `linears` were asked for, for up to `most_rows` rows, where
+    it has none yet. Returns how many choices are new."""
+    trials = list(_trials(linears, table, most_rows))
+    if not trials:
+        return 0
+    processors = torch.cuda.get_device_properties(trials[0].x.device).multi_processor_count
+    hopper = torch.cuda.get_device_capability(trials[0].x.device)[0] == 9
+    plans = [(trial, plan) for trial in trials for plan in candidates(trial.product, processors, hopper)]
+    right: dict[Product, list[Plan]] = {trial.product: [] for trial in trials}
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for done, ((trial, plan), is_right) in enumerate(zip(plans, pool.map(_is_right, plans), strict=True)):
+            progress("compiling products", done + 1, len(plans))
+            if is_right:
+                right[trial.product].append(plan)
+    for done, trial in enumerate(trials):
+        progress("measuring products", done, len(trials))
+        launches = max(4, min(LAUNCHES, MEASURED_BYTES // trial.linears[0].weight.nbytes))
+        seconds: dict[Plan | None, float] = {}
+        for plan in (None, *right[trial.product]):
+            layers = [partial(trial.run, linear, plan) for linear in trial.linears[:launches]]
+            seconds[plan] = seconds_per_launch(layers, launches)
+        table.plans[trial.product] = fastest(seconds)
+        log.debug("%s: %s", trial.product, {str(plan): f"{taken * 1e6:.1f} us" for plan, taken in seconds.items()})
+    return len(trials)
+
+
+def _trials(linears: Sequence[TritonLinear], table: LinearTable, most_rows: int) -> Iterator[Trial]:
+    kinds: dict[tuple[str, int, int, torch.dtype], list[TritonLinear]] = {}
+    for linear in linears:
+        for operation in linear.asked if linear.weight.dtype in HALVES else ():
+            key = (operation, linear.out_features, linear.in_features, linear.weight.dtype)
+            kinds.setdefault(key, []).append(linear)
+    largest = bucket(most_rows) or BUCKETS[-1]
+    for (operation, outs, ins, dtype), alike in kinds.items():
+        device = alike[0].weight.device
+        for rows in BUCKETS:
+            product = Product(operation, rows, outs, ins, str(dtype).removeprefix("torch."))
+            if rows <= largest and product not in table.plans:
+                x, residual = (torch.randn(rows, size, device=device, dtype=dtype) for size in (ins, outs))
+                yield Trial(product, alike, x, residual, torch.ones(outs, device=device, dtype=dtype))
+
+
+def _is_right(pair: tuple[Trial, Plan]) -> bool:
+    """Whether the kernel of a plan compiles, runs and gives what torch gives. Called in a thread of its own."""
+    trial, plan = pair
+    linear = trial.linears[0]
+    try:
+        with torch.inference_mode(), torch.cuda.device(linear.weight.device):
+            expected = trial.run(linear, None)  # first: the driver has to know this thread before it takes a tile's map
+            difference = relative_difference(trial.run(linear, plan), expected)
+    except FAILURES as error:
+        log.debug("%s by %s does not run: %s", trial.product, plan, error)
+        return False
+    return difference <= TOLERANCE[linear.weight.dtype]
