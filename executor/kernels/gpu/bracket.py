@@ -12,10 +12,9 @@ import triton.language as tl
 from .groups import load_weights
 
 SOME = tl.constexpr(8)  # groups more than needed that are as good as none: looking closer costs more than they do
-ROUNDS = tl.constexpr(14)  # halvings of a range of weights, after which it is as narrow as a guess has to be
-# A guess of the mass under the cut, taken from a sample, is trusted to be right to within this factor.
-TRUST = tl.constexpr(1.6)
-DOUBT = tl.constexpr(1.25)  # likewise for a number of weights
+ROUGH, FINE = tl.constexpr(10), tl.constexpr(14)  # halvings of a range of weights, for a guess and for a good one
+ERRORS = tl.constexpr(5.0)  # standard errors within which a sample tells how much there is of all
+SAFETY = tl.constexpr(1.25)  # and the factor within which it tells how many there are
 
 
 @triton.jit
@@ -46,7 +45,7 @@ def sure_mass(peaks, amounts, spare, GROUP: tl.constexpr):
     peak = tl.where(peaks > 0, peaks, 0).to(tl.float32, bitcast=True)
     rest = tl.maximum(amounts - peak, 0.0) + 1e-6 * peak  # sums are rounded
     low, high = 0, tl.max(peaks, 0) + 1
-    for _ in range(ROUNDS):
+    for _ in range(ROUGH):
         middle = low + (high - low) // 2
         weight = middle.to(tl.float32, bitcast=True)
         under = tl.sum(tl.where(peaks >= middle, tl.minimum(rest, GROUP * weight), amounts), 0)
@@ -62,11 +61,11 @@ def likely_cut(
     logits, order, active, low, high, spare, vocab, best, temperature, room,
     GROUP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """(low, high), bits: two weights such that all up to the one likely amount to less than `spare` and up to the other
-    to more, `low` and `high` being sure; these themselves, where weights in between are likely no more than `room`.
+    """(low, high), bits: two weights such that all up to the one very likely amount to less than `spare` and up to the
+    other to more, `low` and `high` being sure; these themselves, where the weights in between likely find `room`.
 
     `spare` is of the groups `order[:active]`, all others left out. Looks at `TILE` of them: under a cut are many small
-    weights, which a sample tells best.
+    weights, which a sample tells best, and from how its groups differ follows how far it may be trusted.
     """
     if active > TILE:
         spread = active.to(tl.float32) / TILE
@@ -74,19 +73,28 @@ def likely_cut(
         weight = load_weights(logits, tl.load(order + place)[:, None], vocab, best, temperature, GROUP)
         bits = weight.to(tl.int32, bitcast=True)
         number = tl.sum(tl.sum((bits > low).to(tl.int32), 1), 0)
-        if number * spread * DOUBT > room:
+        if number * spread * SAFETY > room:
             weight = tl.maximum(weight, 0.0)
-            less, more = spare / (spread * TRUST), spare / spread * TRUST
-            least, most = low, high
-            under, over = high, low  # the other end of the search for each
-            for _ in range(ROUNDS):
-                middle = least + (under - least) // 2
-                is_less = tl.sum(tl.sum(tl.where(bits <= middle, weight, 0.0), 1), 0) <= less
-                least = tl.where(is_less, middle, least)
-                under = tl.where(is_less, under, middle)
-                middle = over + (most - over) // 2
-                is_more = tl.sum(tl.sum(tl.where(bits <= middle, weight, 0.0), 1), 0) > more
-                most = tl.where(is_more, middle, most)
-                over = tl.where(is_more, over, middle)
-            low, high = least, most
+            aim = spare / spread
+            cut, _ = _amounts_to(weight, bits, low, high, aim, ROUGH)
+            of_group = tl.sum(tl.where(bits <= cut, weight, 0.0), 1)
+            total = tl.sum(of_group, 0)
+            apart = of_group - total / TILE
+            doubt = ERRORS * tl.sqrt(tl.sum(apart * apart, 0) * TILE / (TILE - 1)) / tl.maximum(total, 1e-30)
+            less, _ = _amounts_to(weight, bits, low, high, aim * tl.maximum(1.0 - doubt, 0.0), FINE)
+            _, more = _amounts_to(weight, bits, low, high, aim * (1.0 + doubt), FINE)
+            low, high = less, more
+    return low, high
+
+
+@triton.jit
+def _amounts_to(weight, bits, low, high, aim, ROUNDS: tl.constexpr):
+    """Two weights close together between `low` and `high` (bits): those up to the one amount to no more than `aim`, up
+    to the other to more; unless that is true of none in between."""
+    for _ in range(ROUNDS):
+        middle = low + (high - low) // 2
+        if tl.sum(tl.sum(tl.where(bits <= middle, weight, 0.0), 1), 0) <= aim:
+            low = middle
+        else:
+            high = middle
     return low, high

@@ -12,8 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 GROUP = 256  # as in executor/sampler.py: part of what a seed means
-PASS_TILE = 16  # groups of one program
-PASS_WARPS = 4
+PASS_TILE = 8  # groups of one program
 ALIGNED = 16  # rows of what is kept of the groups begin at multiples of it
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -34,7 +33,7 @@ def survey(
     masses = None if temperature is None else torch.empty_like(peaks)
     _survey[(triton.cdiv(groups, PASS_TILE), count)](
         logits, rows, temperature, columns, peaks, masses, vocab, groups, logits.stride(0), width,
-        GROUP=GROUP, TILE=PASS_TILE, num_warps=PASS_WARPS,
+        GROUP=GROUP, TILE=PASS_TILE, num_warps=4 if masses is None else 2,
     )  # fmt: skip
     return peaks, masses
 
@@ -60,13 +59,10 @@ def first_largest(value, index, inside, end):
 
 
 @triton.jit
-def find_largest(logits, peaks, vocab, groups, GROUP: tl.constexpr, PAD: tl.constexpr):
-    """(largest logit, its token, the first of equals) of the row `logits` [V], whose groups have `peaks`."""
-    number = tl.arange(0, PAD)
-    best, group = first_largest(tl.load(peaks + number, number < groups, 0.0), number, number < groups, groups - 1)
+def largest_token(logits, group, vocab, GROUP: tl.constexpr):
+    """The token with the largest of `logits` [V] in `group`, the first of equals."""
     token = group * GROUP + tl.arange(0, GROUP)
-    _, chosen = first_largest(tl.load(logits + token, token < vocab, 0.0), token, token < vocab, vocab - 1)
-    return best, chosen
+    return first_largest(tl.load(logits + token, token < vocab, 0.0), token, token < vocab, vocab - 1)[1]
 
 
 @triton.jit

@@ -16,13 +16,11 @@ from torch import Tensor
 
 from ...draw_columns import DrawColumns
 from .gather import append_one
-from .groups import GROUP, find_largest, list_groups, load_groups, survey, weigh
+from .groups import GROUP, first_largest, largest_token, list_groups, load_groups, survey, weigh
 from .noise import gumbel, noisy_log, stream_key
 from .search import LISTED, SEARCH_TILE, least_kept
 
 AMOUNTS = 512  # groups whose noise is computed together
-BEST_WARPS = 4
-DRAW_WARPS = 16
 
 
 class _Slots(NamedTuple):
@@ -91,7 +89,7 @@ def _take_best(logits: Tensor, best: Tensor, tokens: Tensor, slots: _Slots | Non
         groups = triton.cdiv(vocab, GROUP)
         _best_of_row[(rows,)](
             logits, peaks, best, tokens, *_where(slots), vocab, groups, logits.stride(0), peaks.stride(0),
-            GROUP=GROUP, PAD=triton.next_power_of_2(groups), num_warps=BEST_WARPS,
+            GROUP=GROUP, PAD=triton.next_power_of_2(groups), num_warps=4,
         )  # fmt: skip
 
 
@@ -110,7 +108,7 @@ def _draw(
     _draw_of_row[(count,)](
         logits, peaks, masses, best, tokens, rows, *columns, *_where(slots), order, listed,
         vocab, groups, logits.stride(0), peaks.stride(0),
-        GROUP=GROUP, PAD=pad, TILE=SEARCH_TILE, AMOUNTS=min(pad, AMOUNTS), LISTED=LISTED, num_warps=DRAW_WARPS,
+        GROUP=GROUP, PAD=pad, TILE=SEARCH_TILE, AMOUNTS=min(pad, AMOUNTS), LISTED=LISTED, num_warps=16,
     )  # fmt: skip
 
 
@@ -128,7 +126,10 @@ def _best_of_row(
     vocab, groups, row_stride, width, GROUP: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    largest, token = find_largest(logits + row * row_stride, peaks + row * width, vocab, groups, GROUP, PAD)
+    number = tl.arange(0, PAD)
+    peak = tl.load(peaks + row * width + number, number < groups, 0.0)
+    largest, group = first_largest(peak, number, number < groups, groups - 1)
+    token = largest_token(logits + row * row_stride, group, vocab, GROUP)
     tl.store(best + row, largest)
     tl.store(tokens + row, token)
     if slots is not None:
@@ -152,15 +153,22 @@ def _draw_of_row(
     if slots is not None:
         key = stream_key(key, tl.load(known + place))
     heat = tl.load(temperature + column)
+    k, p, least_share = tl.load(top_k + column), tl.load(top_p + column), tl.load(min_p + column)
     logits += row * row_stride
-    peaks += place * width
-    largest, token = find_largest(logits, peaks, vocab, groups, GROUP, PAD)
+    masses += place * width
+    number = tl.arange(0, PAD)
+    inside = number < groups
+    peak = tl.load(peaks + place * width + number, inside, -float("inf"))
+    mass = tl.load(masses + number, inside, 0.0)
+    largest, group = first_largest(peak, number, inside, groups - 1)
     if (heat > 0) & (tl.abs(largest) < float("inf")):
+        weight = tl.where(inside, weigh(peak, largest, heat), 0.0)
         token = _drawn(
-            logits, peaks, masses + place * width, order + place * groups, listed + place * LISTED, largest, key, heat,
-            tl.load(top_k + column), tl.load(top_p + column), tl.load(min_p + column), vocab, groups,
-            GROUP, PAD, TILE, AMOUNTS, LISTED,
+            logits, number, weight, weight * mass, masses, order + place * groups, listed + place * LISTED,
+            largest, key, heat, k, p, least_share, vocab, groups, GROUP, PAD, TILE, AMOUNTS, LISTED,
         )  # fmt: skip
+    else:
+        token = largest_token(logits, group, vocab, GROUP)
     tl.store(best + row, largest)
     tl.store(tokens + row, token)
     if slots is not None:
@@ -169,15 +177,12 @@ def _draw_of_row(
 
 @triton.jit
 def _drawn(
-    logits, peaks, masses, order, listed, best, key, heat, k, p, least_share, vocab, groups,
+    logits, number, weight, amount, amounts, order, listed, best, key, heat, k, p, least_share, vocab, groups,
     GROUP: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr, AMOUNTS: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """A token of one row. What `masses` hold is overwritten."""
-    number = tl.arange(0, PAD)
+    """A token of one row, whose groups `number` [PAD] have largest weights `weight` and sums `amount`; `amounts`,
+    `order` and `listed`: room for what is found out about the groups."""
     inside = number < groups
-    weight = tl.where(inside, weigh(tl.load(peaks + number, inside, -float("inf")), best, heat), 0.0)
-    amount = weight * tl.load(masses + number, inside, 0.0)
-    active = groups
     least = 0.0
     if (k > 0) | (p < 1.0) | (least_share > 0.0):
         bits = tl.where(inside, weight.to(tl.int32, bitcast=True), -1)
@@ -188,15 +193,20 @@ def _drawn(
         active = list_groups(bits, least_bits, order, PAD)
         for first in range(0, active, TILE):
             weights = load_groups(logits, order, first, active, vocab, best, heat, GROUP, TILE)
-            kept = tl.sum(tl.where(weights >= least, weights, 0.0), 1)
             rank = first + tl.arange(0, TILE)
-            tl.store(masses + rank, kept, rank < active)
+            tl.store(amounts + rank, tl.sum(tl.where(weights >= least, weights, 0.0), 1), rank < active)
+        tl.debug_barrier()  # what other threads wrote
+        highest = tl.full((), -float("inf"), tl.float64)
+        chosen = groups - 1
+        for first in range(0, active, AMOUNTS):
+            rank = first + tl.arange(0, AMOUNTS)
+            some = tl.load(order + rank, rank < active, 0)
+            noisy, here = _chosen_group(some, tl.load(amounts + rank, rank < active, 0.0), key, groups)
+            if noisy > highest:  # groups ascend, so the first of equals stays
+                highest = noisy
+                chosen = here
     else:
-        tl.debug_barrier()  # what other threads still read
-        tl.store(order + number, number, inside)
-        tl.store(masses + number, amount, inside)
-    tl.debug_barrier()  # what other threads wrote
-    chosen = _chosen_group(order, masses, active, key, groups, AMOUNTS)
+        _, chosen = _chosen_group(number, amount, key, groups)
     token = chosen * GROUP + tl.arange(0, GROUP)
     weights = weigh(tl.load(logits + token, token < vocab, -float("inf")), best, heat)
     weights = tl.where((token < vocab) & (weights >= least), weights, 0.0)
@@ -205,17 +215,8 @@ def _drawn(
 
 
 @triton.jit
-def _chosen_group(order, amounts, active, key, groups, AMOUNTS: tl.constexpr):
-    """Of the groups `order[:active]`, which ascend, the one drawn by their `amounts`: Gumbel-max."""
-    highest = tl.full((), -float("inf"), tl.float64)
-    chosen = groups - 1
-    for first in range(0, active, AMOUNTS):
-        place = first + tl.arange(0, AMOUNTS)
-        inside = place < active
-        number = tl.load(order + place, inside, 0)
-        noisy = noisy_log(tl.load(amounts + place, inside, 0.0), gumbel(key, -1 - number.to(tl.int64)))
-        here = tl.max(noisy, 0)
-        if here > highest:
-            highest = here
-            chosen = tl.min(tl.where(noisy == here, number, groups - 1), 0)
-    return chosen
+def _chosen_group(number, amount, key, groups):
+    """Gumbel-max: the largest noisy logarithm of the `amount` of each group `number`, and whose it is."""
+    noisy = noisy_log(amount, gumbel(key, -1 - number.to(tl.int64)))
+    highest = tl.max(noisy, 0)
+    return highest, tl.min(tl.where(noisy == highest, number, groups - 1), 0)

@@ -17,8 +17,8 @@ import triton.language as tl
 from .bracket import kth_peak, likely_cut, sure_mass
 from .groups import list_groups, load_groups
 
-LISTED = 8192  # room in the list of weights
-LIST_TILE = tl.constexpr(8)  # times GROUP: how much of the list is looked at together
+LISTED = 16384  # room in the list of weights
+LIST_ROWS, LIST_COLUMNS = tl.constexpr(16), tl.constexpr(128)  # of the list that are looked at together
 SEARCH_TILE = 32  # groups that are looked at together
 NEVER = tl.constexpr(0x7FFFFFFF)  # above the bits of every weight
 
@@ -60,7 +60,7 @@ def least_kept(
         if (count <= LISTED) & ((high == top) | (wanted > 0.0)) & ((low < least) | (wanted <= mass)):
             least = _cut(
                 logits, order, listed, count, low, high, total, above, vocab, best, temperature, top_k, top_p,
-                True, GROUP, LIST_TILE,
+                True, LIST_COLUMNS, LIST_ROWS,
             )  # fmt: skip
         else:
             least = _cut(

@@ -112,6 +112,24 @@ def test_tokens_that_tie_with_the_last_kept_are_kept_too(step: float, device: to
     check(logits, wishes, device)
 
 
+@pytest.mark.parametrize("spread", (0.1, 3.0, 9.0))
+@pytest.mark.parametrize("room", (32, 500))
+def test_the_cut_is_the_same_where_it_has_to_be_guessed_and_where_the_guess_is_no_use(
+    spread: float, room: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "SEARCH_TILE", 4)  # groups of a sample, of the 16 that there are
+    monkeypatch.setattr(sampling, "LISTED", room)
+    wishes = [
+        Wish(top_p=0.9),
+        Wish(0.7, top_p=0.3),
+        Wish(top_p=0.999),
+        Wish(top_p=0.8, min_p=0.01),
+        Wish(top_k=700, top_p=0.9),
+        Wish(0.3, top_k=9),
+    ]
+    check(normal(len(wishes), 4000, 8) * (spread / 3), wishes, device, 40)
+
+
 def test_forbidden_tokens_are_never_drawn(device: torch.device) -> None:
     logits = normal(4, VOCAB, 9)
     alone = torch.full_like(logits, -torch.inf)
@@ -155,7 +173,7 @@ def test_draws_agree_at_real_sizes(vocab: int, cuda: torch.device) -> None:
     wishes = [Wish(0.8, 50, 0.95), Wish(), Wish(1.0, 0, 0.9), Wish(0.7, 0, 1.0, 0.05), Wish(0.0)] * 40
     differing = 0
     for seed in range(10):
-        logits, rows = normal(len(wishes), vocab, seed), columns(wishes, 1000 * seed)
+        logits, rows = normal(len(wishes), vocab, seed) / (1 + 4 * (seed % 2)), columns(wishes, 1000 * seed)
         drawn = by_kernels(logits.to(cuda), rows)
         differing += sum(a != b for a, b in zip(drawn, by_torch(logits, rows), strict=True))
     assert differing <= 2
