@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap import await_results, overlapped
+
 GROUP = 256  # as in executor/sampler.py: part of what a seed means
 PASS_TILE = 8  # groups of one program
 ALIGNED = 16  # rows of what is kept of the groups begin at multiples of it
@@ -33,7 +35,7 @@ def survey(
     masses = None if temperature is None else torch.empty_like(peaks)
     _survey[(triton.cdiv(groups, PASS_TILE), count)](
         logits, rows, temperature, columns, peaks, masses, vocab, groups, logits.stride(0), width,
-        GROUP=GROUP, TILE=PASS_TILE, num_warps=4 if masses is None else 2,
+        GROUP=GROUP, TILE=PASS_TILE, num_warps=4 if masses is None else 2, **overlapped(),
     )  # fmt: skip
     return peaks, masses
 
@@ -68,8 +70,9 @@ def largest_token(logits, group, vocab, GROUP: tl.constexpr):
 @triton.jit
 def _survey(
     logits, rows, temperature, columns, peaks, masses, vocab, groups, row_stride, width,
-    GROUP: tl.constexpr, TILE: tl.constexpr,
+    GROUP: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    await_results(OVERLAP)
     place = tl.program_id(1)
     row = place.to(tl.int64)
     if rows is not None:

@@ -18,6 +18,7 @@ from ...draw_columns import DrawColumns
 from .gather import append_one
 from .groups import GROUP, first_largest, largest_token, list_groups, load_groups, survey, weigh
 from .noise import gumbel, noisy_log, stream_key
+from .overlap import await_results, overlapped
 from .search import LISTED, SEARCH_TILE, least_kept
 
 AMOUNTS = 512  # groups whose noise is computed together
@@ -89,7 +90,7 @@ def _take_best(logits: Tensor, best: Tensor, tokens: Tensor, slots: _Slots | Non
         groups = triton.cdiv(vocab, GROUP)
         _best_of_row[(rows,)](
             logits, peaks, best, tokens, *_where(slots), vocab, groups, logits.stride(0), peaks.stride(0),
-            GROUP=GROUP, PAD=triton.next_power_of_2(groups), num_warps=4,
+            GROUP=GROUP, PAD=triton.next_power_of_2(groups), num_warps=4, **overlapped(),
         )  # fmt: skip
 
 
@@ -109,6 +110,7 @@ def _draw(
         logits, peaks, masses, best, tokens, rows, *columns, *_where(slots), order, listed,
         vocab, groups, logits.stride(0), peaks.stride(0),
         GROUP=GROUP, PAD=pad, TILE=SEARCH_TILE, AMOUNTS=min(pad, AMOUNTS), LISTED=LISTED, num_warps=16,
+        **overlapped(),
     )  # fmt: skip
 
 
@@ -123,8 +125,9 @@ def _where(slots: _Slots | None) -> tuple[Tensor | None, Tensor | None, Tensor |
 @triton.jit(do_not_specialize=["best", "tokens"])
 def _best_of_row(
     logits, peaks, best, tokens, slots, known, token_ids, lengths, row_tokens, scratch,
-    vocab, groups, row_stride, width, GROUP: tl.constexpr, PAD: tl.constexpr,
+    vocab, groups, row_stride, width, GROUP: tl.constexpr, PAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    await_results(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     number = tl.arange(0, PAD)
     peak = tl.load(peaks + row * width + number, number < groups, 0.0)
@@ -141,7 +144,9 @@ def _draw_of_row(
     logits, peaks, masses, best, tokens, rows, temperature, top_p, min_p, top_k, seed,
     slots, known, token_ids, lengths, row_tokens, scratch, order, listed, vocab, groups, row_stride, width,
     GROUP: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr, AMOUNTS: tl.constexpr, LISTED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    await_results(OVERLAP)
     place = tl.program_id(0).to(tl.int64)
     row = place
     if rows is not None:
