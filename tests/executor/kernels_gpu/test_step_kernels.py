@@ -115,5 +115,11 @@ def _choose_as_if_later(kernels: StepKernels, *arguments: Any) -> Tensor:
     return kernels.choose(*others, columns._replace(seed=columns.seed + 1))
 
 
+@pytest.mark.gpu
+def test_a_gpu_has_those_that_agree(cuda: torch.device) -> None:
+    assert disagreement(step_kernels_unchecked(), cuda) is None
+    assert step_kernels(cuda) is not None
+
+
 def test_a_cpu_has_none() -> None:
     assert step_kernels(torch.device("cpu")) is None
