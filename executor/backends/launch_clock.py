@@ -23,7 +23,7 @@ def seconds_per_launch(launches: Sequence[Callable[[], Tensor]], least: int) -> 
     torch.cuda.current_stream().wait_stream(side)
     rounds = -(-least // len(launches))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # whatever other threads of the process do
         for _ in range(rounds):
             for launch in launches:
                 launch()

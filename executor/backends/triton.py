@@ -7,6 +7,7 @@ Importing this needs triton.
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from weakref import WeakSet
 
@@ -45,12 +46,14 @@ class TritonBackend(TorchBackend):
 
     def tune(self, most_rows: int, progress: Progress) -> None:
         """Choose between product kernels and cuBLAS where that has not been done on this card yet."""
-        linears = list(self._linears)
+        linears, began = list(self._linears), time.perf_counter()
         try:
-            if tune(linears, self._table, most_rows, progress) and self._path is not None:
-                self._table.save(self._path)
+            if found := tune(linears, self._table, most_rows, progress):
+                log.info("%d kinds of products measured in %.1f s", found, time.perf_counter() - began)
+                if self._path is not None:
+                    self._table.save(self._path)
         except FAILURES as error:
-            log.warning("some products are cuBLAS's, unmeasured: %s: %s", type(error).__name__, error)
+            log.warning("products that are not measured are cuBLAS's: %s: %s", type(error).__name__, error)
         for linear in linears:
             linear.consult(self._table)
 

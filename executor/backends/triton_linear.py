@@ -15,6 +15,7 @@ from ..kernels.gpu.norm import add_rms_norm
 from ..kernels.gpu.silu import silu_mul
 from .torch import TorchLinear
 
+ALIGNMENT = 16  # bytes: of what the copy engine reads
 HALVES = (torch.bfloat16, torch.float16)  # float32 is always torch's product, with all its bits
 
 
@@ -31,7 +32,7 @@ class TritonLinear:
 
     def consult(self, table: LinearTable) -> None:
         """From now on do as `table` says."""
-        if self.weight.dtype in HALVES:
+        if self.weight.dtype in HALVES and self.weight.data_ptr() % ALIGNMENT == 0:
             self._plans = table.plans_of(self.out_features, self.in_features, self.weight.dtype)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from triton.errors import TritonError
 from ..checkpoint import Progress
 from ..kernels.gpu.linear import multiply, multiply_add_norm, multiply_silu_mul
 from ..kernels.gpu.linear_plan import Plan
-from ..kernels.gpu.linear_table import BUCKETS, LinearTable, Product, bucket, candidates, fastest
+from ..kernels.gpu.linear_table import BUCKETS, LinearTable, Operation, Product, bucket, candidates, fastest
 from ..kernels.gpu.norm import add_rms_norm
 from ..kernels.gpu.silu import silu_mul
 from ..threads import usable_cores
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 LAUNCHES = 24  # in a graph, on as many different weights as there are
 MEASURED_BYTES = 1 << 30  # of weights, of which no graph reads many more
+EPS = 1e-5
+LARGEST_WEIGHT = 256 << 20  # bytes: a larger one (that of the logits) cuBLAS reads at the memory's rate
 # Of a plan: the compiler's and the driver's, and what another version of the compiler may no longer have.
 FAILURES = (TritonError, RuntimeError, AssertionError, ValueError, OSError, ImportError, AttributeError, TypeError)
 
@@ -47,19 +49,17 @@ class Trial:
 
     def run(self, linear: TritonLinear, plan: Plan | None) -> Tensor:
         """The operation on the weights of `linear`: None is cuBLAS with the kernel of what follows."""
-        x, weight, bias = self.x, linear.weight, linear.bias
-        match self.product.operation:
-            case "linear" if plan is None:
-                return torch.nn.functional.linear(x, weight, bias)
-            case "linear":
-                return multiply(x, weight, bias, None, x.dtype, plan)
-            case "linear_silu_mul" if plan is None:
-                return silu_mul(torch.nn.functional.linear(x, weight, bias))
-            case "linear_silu_mul":
-                return multiply_silu_mul(x, weight, bias, plan)
+        x, weight, bias, operation = self.x, linear.weight, linear.bias, self.product.operation
         if plan is None:
-            return add_rms_norm(torch.nn.functional.linear(x, weight, bias), self.residual, self.norm, 1e-5)[0]
-        return multiply_add_norm(x, weight, bias, self.residual, self.norm, 1e-5, plan)[0]
+            product = torch.nn.functional.linear(x, weight, bias)
+            if operation == "linear_silu_mul":
+                return silu_mul(product)
+            return product if operation == "linear" else add_rms_norm(product, self.residual, self.norm, EPS)[0]
+        if operation == "linear_silu_mul":
+            return multiply_silu_mul(x, weight, bias, plan)
+        if operation == "linear":
+            return multiply(x, weight, bias, None, x.dtype, plan)
+        return multiply_add_norm(x, weight, bias, self.residual, self.norm, EPS, plan)[0]
 
 
 def tune(linears: Sequence[TritonLinear], table: LinearTable, most_rows: int, progress: Progress) -> int:
@@ -79,22 +79,23 @@ def tune(linears: Sequence[TritonLinear], table: LinearTable, most_rows: int, pr
                 right[trial.product].append(plan)
     for done, trial in enumerate(trials):
         progress("measuring products", done, len(trials))
-        launches = max(4, min(LAUNCHES, MEASURED_BYTES // trial.linears[0].weight.nbytes))
+        launches = min(LAUNCHES, MEASURED_BYTES // trial.linears[0].weight.nbytes)
         seconds: dict[Plan | None, float] = {}
-        for plan in (None, *right[trial.product]):
-            layers = [partial(trial.run, linear, plan) for linear in trial.linears[:launches]]
-            seconds[plan] = seconds_per_launch(layers, launches)
+        for choice in (None, *right[trial.product]):
+            layers = [partial(trial.run, linear, choice) for linear in trial.linears[:launches]]
+            seconds[choice] = seconds_per_launch(layers, launches)
         table.plans[trial.product] = fastest(seconds)
         log.debug("%s: %s", trial.product, {str(plan): f"{taken * 1e6:.1f} us" for plan, taken in seconds.items()})
     return len(trials)
 
 
 def _trials(linears: Sequence[TritonLinear], table: LinearTable, most_rows: int) -> Iterator[Trial]:
-    kinds: dict[tuple[str, int, int, torch.dtype], list[TritonLinear]] = {}
+    kinds: dict[tuple[Operation, int, int, torch.dtype], list[TritonLinear]] = {}
     for linear in linears:
-        for operation in linear.asked if linear.weight.dtype in HALVES else ():
-            key = (operation, linear.out_features, linear.in_features, linear.weight.dtype)
-            kinds.setdefault(key, []).append(linear)
+        weight = linear.weight
+        if weight.dtype in HALVES and weight.nbytes <= LARGEST_WEIGHT:
+            for operation in sorted(linear.asked):
+                kinds.setdefault((operation, *weight.shape, weight.dtype), []).append(linear)
     largest = bucket(most_rows) or BUCKETS[-1]
     for (operation, outs, ins, dtype), alike in kinds.items():
         device = alike[0].weight.device
@@ -113,6 +114,8 @@ def _is_right(pair: tuple[Trial, Plan]) -> bool:
         with torch.inference_mode(), torch.cuda.device(linear.weight.device):
             expected = trial.run(linear, None)  # first: the driver has to know this thread before it takes a tile's map
             difference = relative_difference(trial.run(linear, plan), expected)
+    except torch.cuda.OutOfMemoryError:  # no fault of the plan's
+        raise
     except FAILURES as error:
         log.debug("%s by %s does not run: %s", trial.product, plan, error)
         return False

@@ -50,6 +50,9 @@ for columns in (None, DrawColumns(floats, floats, floats, ints, ints)):
 step.penalize(logits, ints, slots, ints, 40, ints, ints, floats, floats, floats)
 for name, variants in compiled.items():
     assert all(kernel.metadata.shared <= SHARED_MEMORY and kernel.asm["cubin"] for kernel in variants), name
+for kernel in compiled["_product_hopper"]:  # its products run on the matrix units, none waiting for the one before
+    instructions = kernel.asm["sass"]
+    assert instructions.count("HGMMA") >= 4 and instructions.count("WARPGROUP.DEPBAR") == 2, instructions
 print(*sorted(compiled))
 """
 

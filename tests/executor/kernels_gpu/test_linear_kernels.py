@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fast_inference.executor.backends import triton as triton_backend
 from fast_inference.executor.backends.torch import TorchBackend
 from fast_inference.executor.backends.triton import TritonBackend
 from fast_inference.executor.backends.triton_linear import TritonLinear
@@ -141,6 +142,22 @@ def test_a_backend_with_a_table_gives_what_one_without_gives(device: torch.devic
             assert_close(mine, expected)
 
 
+def test_where_measuring_fails_that_is_told_and_products_stay_as_they_were(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> int:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(triton_backend, "tune", fail)
+    backend = TritonBackend()
+    linear = backend.linear(randn(32, 48, device=device, seed=1) * 48**-0.5)
+    x = randn(3, 48, device=device, seed=2)
+    expected = linear(x)
+    backend.tune(16, lambda *_: None)
+    assert torch.equal(linear(x), expected)
+    assert len(caplog.records) == 1 and "RuntimeError: out of memory" in caplog.text
+
+
 def test_float32_is_never_the_kernels_even_where_a_table_says_so(device: torch.device) -> None:
     weight = randn(32, 48, device=device, seed=1, dtype=torch.float32)
     x = randn(3, 48, device=device, seed=2, dtype=torch.float32)
@@ -160,7 +177,7 @@ def test_rows_are_rounded_up_to_measured_sizes() -> None:
 def test_candidates_are_few_and_fit_on_the_card(operation: Operation, outs: int, ins: int, hopper: bool) -> None:
     for rows in BUCKETS:
         plans = candidates(Product(operation, rows, outs, ins, "bfloat16"), 132, hopper)
-        assert 1 <= len(plans) <= 24
+        assert (1 if ins > 64 else 0) <= len(plans) <= 24
         assert len(set(plans)) == len(plans)
         halves = 2 if operation == "linear_silu_mul" else 1
         for plan in plans:
@@ -169,13 +186,12 @@ def test_candidates_are_few_and_fit_on_the_card(operation: Operation, outs: int,
             assert plan.splits == 1 or halves == 1
 
 
-@pytest.mark.parametrize("device", ("cpu",))
-def test_layers_know_what_they_were_asked_for_and_take_up_what_was_measured(device: str) -> None:
+def test_layers_know_what_they_were_asked_for_and_take_up_what_was_measured(device: torch.device) -> None:
     table = LinearTable()
     backend = TritonBackend(table)
-    linear = backend.linear(randn(64, 48, device=torch.device(device), seed=1) * 48**-0.5)
+    linear = backend.linear(randn(64, 48, device=device, seed=1) * 48**-0.5)
     assert isinstance(linear, TritonLinear)
-    x = randn(2, 48, device=torch.device(device), seed=2)
+    x = randn(2, 48, device=device, seed=2)
     expected = backend.linear_silu_mul(linear, x)
     assert linear.asked == {"linear_silu_mul"}
     table.plans[Product("linear_silu_mul", 16, 64, 48, "float16")] = SMALL

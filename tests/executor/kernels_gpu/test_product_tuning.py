@@ -1,0 +1,101 @@
+"""What a model's first start on a card measures: everything but the device, whose clock is made up."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fast_inference.executor.backends import triton_tuning
+from fast_inference.executor.backends.triton import TritonBackend
+from fast_inference.executor.kernels.gpu.linear_plan import Plan
+from fast_inference.executor.kernels.gpu.linear_table import LinearTable, Operation, Product, candidates, load_table
+
+PROCESSORS = 4
+OUTS, INS = 64, 256
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A device of no kind, on which each choice is faster than the one before; returns the launches of each."""
+    launched: list[int] = []
+
+    def clock(launches: list[object], least: int) -> float:
+        launched.append(len(launches))
+        return 1.0 / len(launched)
+
+    monkeypatch.setattr(triton_tuning, "seconds_per_launch", clock)
+    monkeypatch.setattr(triton_tuning, "usable_cores", lambda: 1)  # the interpreter is not made for several threads
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    properties = SimpleNamespace(multi_processor_count=PROCESSORS)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return launched
+
+
+def plans_of(operation: Operation, rows: int) -> list[Plan]:
+    return candidates(Product(operation, rows, OUTS, INS, "float16"), PROCESSORS, False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device, which measures itself")
+def test_what_layers_were_asked_for_is_measured_on_all_of_them_and_kept(timed: list[int], tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    backend = TritonBackend(load_table(path), path)
+    layers = [backend.linear(torch.randn(OUTS, INS).half() / 16) for _ in range(3)]
+    backend.linear(torch.randn(OUTS, INS).half())  # never asked for anything, like those of the check at start
+    wide = backend.linear(torch.randn(OUTS, INS))
+    x = torch.randn(2, INS)
+    for layer in layers:
+        backend.linear_silu_mul(layer, x.half())
+    wide(x)
+    phases: list[str] = []
+    backend.tune(1, lambda phase, done, total: phases.append(phase))
+    expected = {Product("linear_silu_mul", 1, OUTS, INS, "float16"): plans_of("linear_silu_mul", 1)[-1]}
+    assert load_table(path).plans == expected
+    assert timed == [3] * (1 + len(plans_of("linear_silu_mul", 1)))
+    assert {"compiling products", "measuring products"} == set(phases)
+    phases.clear()
+    backend.tune(1, lambda phase, done, total: phases.append(phase))
+    assert not phases
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device, which measures itself")
+def test_plans_that_fail_or_are_wrong_are_left_out(timed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, *others = plans_of("linear", 1)
+    multiply = triton_tuning.multiply
+
+    def broken(*arguments: Any) -> torch.Tensor:
+        plan = arguments[-1]
+        if plan == first:
+            raise RuntimeError("no room")
+        return multiply(*arguments) + (1 if plan in others else 0)
+
+    monkeypatch.setattr(triton_tuning, "multiply", broken)
+    table = LinearTable()
+    backend = TritonBackend(table)
+    layer = backend.linear(torch.randn(OUTS, INS).half() / 16)
+    layer(torch.randn(1, INS).half())
+    backend.tune(1, lambda *_: None)
+    assert list(table.plans.values()) == [second]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device, which measures itself")
+def test_a_lack_of_memory_is_no_fault_of_a_plan(
+    timed: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.cuda.OutOfMemoryError("full")
+
+    monkeypatch.setattr(triton_tuning, "multiply", full)
+    table = LinearTable()
+    backend = TritonBackend(table)
+    layer = backend.linear(torch.randn(OUTS, INS).half())
+    layer(torch.randn(1, INS).half())
+    backend.tune(1, lambda *_: None)
+    assert not table.plans and "full" in caplog.text
