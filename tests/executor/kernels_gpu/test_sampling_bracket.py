@@ -19,17 +19,18 @@ TILE = 32
 
 @triton.jit
 def _guess(
-    logits, peaks, amounts, order, results, spare, room, k, GROUP: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr
+    logits, peaks, amounts, order, results, vocab, best, temperature, spare, room, k, low,
+    GROUP: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     number = tl.arange(0, PAD)
     peak = tl.load(peaks + number).to(tl.int32, bitcast=True)
     active = list_groups(peak, 0, order, PAD)
     top = tl.max(peak, 0)
-    low, high = likely_cut(logits, order, active, -1, top, spare, PAD * GROUP, 0.0, 1.0, room, GROUP, TILE)
+    low, high = likely_cut(logits, order, active, low, top, spare, vocab, best, temperature, room, GROUP, TILE)
     tl.store(results, low)
     tl.store(results + 1, high)
     tl.store(results + 2, sure_mass(peak, tl.load(amounts + number), spare, GROUP))
-    tl.store(results + 3, kth_peak(peak, k, 0))
+    tl.store(results + 3, kth_peak(peak, k, low))
 
 
 def guess(logits: Tensor, share: float, room: int, k: int) -> list[float]:
@@ -39,8 +40,8 @@ def guess(logits: Tensor, share: float, room: int, k: int) -> list[float]:
     by_group = weights.view(GROUPS, GROUP)
     order, results = (torch.empty(n, dtype=torch.int32, device=logits.device) for n in (GROUPS, 4))
     _guess[(1,)](
-        logits, by_group.amax(1), by_group.sum(1), order, results, float(weights.sum()) * share, room, k,
-        GROUP=GROUP, PAD=GROUPS, TILE=TILE, num_warps=4,
+        logits, by_group.amax(1), by_group.sum(1), order, results, len(logits), 0.0, 1.0,
+        float(weights.sum()) * share, room, k, -1, GROUP=GROUP, PAD=GROUPS, TILE=TILE, num_warps=4,
     )  # fmt: skip
     return results.view(torch.float32).tolist()
 
