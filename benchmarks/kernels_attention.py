@@ -13,11 +13,13 @@ import torch
 from device_timing import Case, copies_beyond_l2
 from fast_inference.executor.backends.base import KVLayer, StepBatch
 from fast_inference.executor.backends.torch import TorchBackend
+from fast_inference.executor.backends.triton import TritonBackend
 from fast_inference.executor.kernels.gpu import attention_decode, attention_prefill
 from fast_inference.executor.kernels.gpu.attention_tiles import Tile
 from torch import Tensor
 
 BLOCK_SIZE = 16  # the engine's default
+BACKEND = TritonBackend()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ SHAPES = {
     "decode 1 x 4096": Shape(1, 1, 4095),
     "prefill 16 x 4096": Shape(16, 4096, 0),
     "prefill 2048 behind 6144": Shape(1, 2048, 6144),
+    "prefill 4 x 700": Shape(4, 700, 0),
 }
 DECODE_TILES = [Tile(16, keys, warps, stages) for keys in (32, 64, 128) for warps in (2, 4, 8) for stages in (2, 4, 6)]
 PREFILL_TILES = [
@@ -69,7 +72,7 @@ def attention_cases(device: torch.device, dtype: torch.dtype, tune: bool) -> Ite
 def make_cases(
     name: str, heads: Heads, shape: Shape, device: torch.device, dtype: torch.dtype, tiles: list[Tile | None]
 ) -> Iterator[Case]:
-    """One case for each of `tiles` (None: the kernel's own choice), over the same inputs."""
+    """One case for each of `tiles` (None: the kernel and the tile that the backend takes), over the same inputs."""
     batch = make_batch(shape, device)
     tokens, length = shape.rows * shape.query, shape.before + shape.query
     kv_size = 2 * shape.rows * length * heads.kv * heads.size * dtype.itemsize
@@ -91,6 +94,8 @@ def make_cases(
 
 
 def _attend(q: Tensor, kv: KVLayer, batch: StepBatch, scale: float, tile: Tile | None) -> Tensor:
+    if tile is None:
+        return BACKEND.attention(q, kv, batch, scale)
     kernel: Callable[..., None] = attention_prefill.prefill_attention
     if batch.num_decodes:
         kernel = attention_decode.decode_attention

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..checkpoint import Progress
 from ..kernels.gpu.attention_decode import decode_attention
+from ..kernels.gpu.attention_hopper import hopper_attention
 from ..kernels.gpu.attention_prefill import prefill_attention
 from ..kernels.gpu.attention_tiles import unsupported
 from ..kernels.gpu.linear_table import LinearTable
@@ -22,6 +23,7 @@ from ..kernels.gpu.norm import add_rms_norm, rms_norm
 from ..kernels.gpu.rope import rope_and_cache, write_kv
 from ..kernels.gpu.silu import silu_mul
 from .base import KVLayer, Linear, StepBatch
+from .hopper_prompts import HopperPrompts
 from .torch import TorchBackend
 from .triton_linear import TritonLinear
 from .triton_tuning import FAILURES, tune
@@ -43,6 +45,7 @@ class TritonBackend(TorchBackend):
         self._linears: WeakSet[TritonLinear] = WeakSet()
         self._told: set[str] = set()  # why something went to torch, each reason logged once
         self._compiled: set[object] = set()  # attention kernels, each with what it is compiled for
+        self._hopper = HopperPrompts()
 
     def tune(self, most_rows: int, progress: Progress) -> None:
         """Choose between product kernels and cuBLAS where that has not been done on this card yet."""
@@ -116,8 +119,13 @@ class TritonBackend(TorchBackend):
             for splits in self._splits("decode", kind, q.is_cuda):
                 decode_attention(q, kv, batch, scale, out, window, soft_cap, splits)
         if batch.num_decodes < batch.seq_lens.shape[0]:
-            for splits in self._splits("prefill", kind, q.is_cuda):
+            *to_compile, usual = self._splits("prefill", kind, q.is_cuda)
+            for splits in to_compile:
                 prefill_attention(q, kv, batch, scale, out, window, soft_cap, splits)
+            if self._hopper.takes(q, kv, batch, scale, window, soft_cap):
+                hopper_attention(q, kv, batch, scale, out)
+            else:
+                prefill_attention(q, kv, batch, scale, out, window, soft_cap, usual)
         return out
 
     def _splits(self, kernel: str, kind: object, compiles: bool) -> tuple[int | None, ...]:

@@ -85,10 +85,10 @@ def _prefill(
     kv_head, split = tl.program_id(1), tl.program_id(2)
     # The last tiles of a prompt see the most keys: begin with them, so that no long one is left to the end.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    row = _row_of_tile(query_start, tile, first_row, rows, PER_TILE)
+    row = row_of_tile(query_start, tile, first_row, rows, PER_TILE)
     row_start = tl.load(query_start + row)
     count = tl.load(query_start + row + 1) - row_start
-    first_token = (tile - _first_tile(query_start, row, first_row, PER_TILE)) * PER_TILE
+    first_token = (tile - first_tile(query_start, row, first_row, PER_TILE)) * PER_TILE
     if first_token >= count:
         return
     length = tl.load(seq_lens + row)
@@ -159,20 +159,20 @@ def _walk(
 
 
 @triton.jit
-def _first_tile(query_start, row, first_row, PER_TILE: tl.constexpr):
+def first_tile(query_start, row, first_row, PER_TILE: tl.constexpr):
     """A number for `row`'s first tile that leaves room for the tiles of all rows before it, without a sum over them:
     a row of n tokens has at most n // PER_TILE + 1."""
     return (tl.load(query_start + row) - tl.load(query_start + first_row)) // PER_TILE + row - first_row
 
 
 @triton.jit
-def _row_of_tile(query_start, tile, first_row, rows, PER_TILE: tl.constexpr):
+def row_of_tile(query_start, tile, first_row, rows, PER_TILE: tl.constexpr):
     """The last row whose first tile is not after `tile`."""
     low = first_row
     high = rows
     while high - low > 1:
         middle = (low + high) // 2
-        if _first_tile(query_start, middle, first_row, PER_TILE) <= tile:
+        if first_tile(query_start, middle, first_row, PER_TILE) <= tile:
             low = middle
         else:
             high = middle

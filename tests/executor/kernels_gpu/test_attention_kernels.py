@@ -18,10 +18,11 @@ from ..random_step import attend, make_step
 
 pytest.importorskip("triton")
 
+from fast_inference.executor.backends import hopper_prompts
 from fast_inference.executor.backends.base import KVLayer
 from fast_inference.executor.backends.torch import TorchBackend
 from fast_inference.executor.backends.triton import TritonBackend
-from fast_inference.executor.kernels.gpu import attention_decode, attention_prefill, attention_splits
+from fast_inference.executor.kernels.gpu import attention_decode, attention_hopper, attention_prefill, attention_splits
 from fast_inference.executor.kernels.gpu.attention_tiles import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -228,3 +229,74 @@ def test_what_no_backend_could_do_is_refused() -> None:
         attention(torch.randn(1, 4, 16, device=DEVICE).half(), step.kv, step.batch, 0.3)
     with pytest.raises(ValueError, match="scale must be over 0"):
         attention(torch.randn(1, 4, 16, device=DEVICE), step.kv, step.batch, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_size", "block_size", "dtype", "window", "soft_cap", "fit"),
+    (
+        (32, 8, 128, 16, torch.bfloat16, None, None, True),
+        (28, 4, 128, 48, torch.float16, None, None, True),
+        (20, 4, 128, 16, torch.bfloat16, None, None, True),
+        (64, 1, 128, 16, torch.bfloat16, None, None, True),
+        (72, 8, 128, 16, torch.bfloat16, None, None, False),  # 9 of 16 rows
+        (128, 1, 128, 16, torch.bfloat16, None, None, False),
+        (32, 8, 128, 8, torch.bfloat16, None, None, False),
+        (32, 8, 64, 16, torch.bfloat16, None, None, False),
+        (32, 8, 128, 16, torch.float32, None, None, False),
+        (32, 8, 128, 16, torch.bfloat16, 100, None, False),
+        (32, 8, 128, 16, torch.bfloat16, None, 30.0, False),
+    ),
+)
+def test_the_kernel_for_hopper_is_asked_for_the_shapes_it_has(
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    block_size: int,
+    dtype: torch.dtype,
+    window: int | None,
+    soft_cap: float | None,
+    fit: bool,
+) -> None:
+    kv = KVLayer(*torch.zeros(2, 1, kv_heads, block_size, head_size, dtype=dtype).unbind())
+    q = torch.zeros(1, heads, head_size, dtype=dtype)
+    assert attention_hopper.fits(q, kv, window, soft_cap) is fit
+
+
+def test_the_kernel_for_hopper_is_asked_only_for_long_prompts_and_much_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pays(*lengths: tuple[int, int], heads: int = 32) -> bool:
+        step = make_step(list(lengths), 8, 16, 8, torch.float16)
+        return attention_hopper.pays(torch.zeros(len(step.batch.positions), heads, 8), step.kv, step.batch)
+
+    monkeypatch.setattr(attention_hopper, "processors", lambda device: 100)
+    assert pays((800, 0)) and pays((1, 50), (1, 50), (1000, 100), (100, 0))  # 25 tiles of 32 tokens for each kv head
+    assert not pays((799, 0)) and not pays((800, 0), heads=16) and not pays(*[(500, 0)] * 4)
+
+
+@pytest.mark.parametrize(
+    ("does", "told"),
+    (("as it should", ""), ("something else", "differs from it by"), ("not compile", "RuntimeError: no such layout")),
+)
+def test_the_kernel_for_hopper_is_tried_once_against_the_other(
+    does: str, told: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = []
+
+    def attend_on_hopper(q, kv, batch, scale, out) -> None:
+        calls.append(out)
+        if does == "not compile":
+            raise RuntimeError("no such layout")
+        attention_prefill.prefill_attention(q, kv, batch, scale, out)
+        if does == "something else":
+            out[-1, -1] += 1.0
+
+    monkeypatch.setattr(hopper_prompts, "is_hopper", lambda device: True)
+    monkeypatch.setattr(hopper_prompts, "pays", lambda q, kv, batch: True)
+    monkeypatch.setattr(hopper_prompts, "hopper_attention", attend_on_hopper)
+    monkeypatch.setattr("fast_inference.executor.backends.triton.hopper_attention", attend_on_hopper)
+    step = make_step([(1, 5), (20, 8)], 1, 16, 128, torch.float16).to(DEVICE)
+    q = torch.randn(21, 2, 128).to(DEVICE, torch.float16)
+    backend = TritonBackend()
+    for _ in range(2):
+        assert_near(attend(backend, q, step, 0.1, None, None), attend(TorchBackend(), q, step, 0.1, None, None))
+    assert len(calls) == (3 if does == "as it should" else 1)
+    assert len(caplog.records) == bool(told) and told in caplog.text

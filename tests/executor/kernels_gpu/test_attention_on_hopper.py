@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 from fast_inference.executor.backends.torch import TorchBackend
 from fast_inference.executor.backends.triton import TritonBackend
 from fast_inference.executor.kernels.gpu.attention_decode import decode_attention
+from fast_inference.executor.kernels.gpu.attention_hopper import _counter, hopper_attention, is_hopper
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
@@ -27,6 +28,7 @@ from hopper import SHARED_MEMORY, compiled
 import torch
 from fast_inference.executor.backends.base import KVLayer, StepBatch
 from fast_inference.executor.backends.triton import TritonBackend
+from fast_inference.executor.kernels.gpu.attention_hopper import hopper_attention
 
 ints = lambda *values: torch.tensor(values, dtype=torch.int32)
 for head_size, window, soft_cap in ((128, None, None), (64, 100, 30.0)):
@@ -34,6 +36,8 @@ for head_size, window, soft_cap in ((128, None, None), (64, 100, 30.0)):
     batch = StepBatch(ints(0), ints(0), torch.zeros(2, 32, dtype=torch.int32), ints(0, 1, 6), ints(500, 500), 1, 5, 500)
     q = torch.zeros(6, 8, head_size, dtype=torch.bfloat16)
     TritonBackend().attention(q, kv, batch, 0.1, window, soft_cap)
+    if head_size == 128:
+        hopper_attention(q, kv, batch, 0.1, q.flatten(1))
 for name, variants in compiled.items():
     assert all(kernel.metadata.shared <= SHARED_MEMORY and kernel.asm["cubin"] for kernel in variants), name
     print(name, len(variants))
@@ -47,7 +51,7 @@ def test_the_kernels_compile_for_hopper_and_fit_into_its_shared_memory() -> None
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert set(done.stdout.split()) > {"_decode", "_merge", "_prefill"}
+    assert set(done.stdout.split()) > {"_decode", "_hopper_prefill", "_merge", "_prefill"}
 
 
 @pytest.fixture
@@ -93,4 +97,52 @@ def test_one_captured_graph_serves_all_lengths_and_gives_what_a_call_gives(cuda:
         decode_attention(q, kv, replace(step.batch, max_seq_len=length), 0.1, again)
         assert torch.equal(out, again)
         expected = TorchBackend().attention(q, kv, replace(step.batch, max_seq_len=length), 0.1)
+        torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+@pytest.mark.parametrize(("group", "kv_heads", "block_size"), ((4, 8, 16), (7, 3, 16), (1, 2, 48), (64, 1, 128)))
+def test_the_kernel_for_hopper_gives_what_the_reference_gives(
+    cuda: str, dtype: torch.dtype, group: int, kv_heads: int, block_size: int
+) -> None:
+    if not is_hopper(torch.device(cuda)):
+        pytest.skip("no Hopper card")
+    lengths = [(1, 0), (1, 140), (2, 30), (5, 0), (45, 60), (128, 128), (129, 777), (300, 0), (640, 1300)]
+    step = make_step(lengths, kv_heads, block_size, 128, dtype).to(cuda)
+    kv = step.copy_of_kv()
+    TorchBackend().write_kv(step.fresh(step.keys), step.fresh(step.values), kv, step.batch)
+    q = torch.randn(len(step.batch.positions), group * kv_heads, 128, device=cuda).to(dtype)
+    expected = TorchBackend().attention(q, kv, step.batch, 0.1)
+    out = torch.full_like(expected, 7.0)
+    for _ in range(2):  # the first leaves the counter as the second needs it
+        hopper_attention(q, kv, step.batch, 0.1, out)
+        assert out[:2].eq(7.0).all()  # the decode rows are another kernel's
+        torch.testing.assert_close(out[2:], expected[2:], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+        out[2:] = torch.nan
+    assert _counter(q.device).eq(0).all()
+
+
+@pytest.mark.gpu
+def test_a_graph_of_the_kernel_for_hopper_serves_other_rows(cuda: str) -> None:
+    if not is_hopper(torch.device(cuda)):
+        pytest.skip("no Hopper card")
+    step = make_step([(900, 0), (300, 0)], 8, 16, 128, torch.bfloat16).to(cuda)
+    kv = step.copy_of_kv()
+    TorchBackend().write_kv(step.fresh(step.keys), step.fresh(step.values), kv, step.batch)
+    q = torch.randn(1200, 32, 128, device=cuda, dtype=torch.bfloat16)
+    out = torch.empty(1200, 32 * 128, device=cuda, dtype=torch.bfloat16)
+    ends = torch.tensor([0, 100, 100], device=cuda, dtype=torch.int32)  # the second row is padding
+    batch = replace(step.batch, query_start=ends, seq_lens=ends[1:].clone())
+    hopper_attention(q, kv, batch, 0.1, out)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        hopper_attention(q, kv, batch, 0.1, out)
+    batch.query_start.copy_(step.batch.query_start)
+    batch.seq_lens.copy_(step.batch.seq_lens)
+    expected = TorchBackend().attention(q, kv, step.batch, 0.1)
+    for _ in range(2):
+        out.fill_(torch.nan)
+        graph.replay()
         torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
