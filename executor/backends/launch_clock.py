@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,14 +17,15 @@ REPLAYS = 7  # of which the median counts
 
 def seconds_per_launch(launches: Sequence[Callable[[], Tensor]], least: int) -> float:
     """The median over `REPLAYS` of one graph that holds all `launches`, as often as it takes to have `least`."""
-    side = torch.cuda.Stream()
+    side = _side_stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compiles, and lets libraries allocate what they need
         launches[0]()
     torch.cuda.current_stream().wait_stream(side)
     rounds = -(-least // len(launches))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # whatever other threads of the process do
+    # thread_local: whatever other threads of the process do.
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         for _ in range(rounds):
             for launch in launches:
                 launch()
@@ -37,3 +39,9 @@ def seconds_per_launch(launches: Sequence[Callable[[], Tensor]], least: int) -> 
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return statistics.median(times) / (rounds * len(launches))
+
+
+@cache
+def _side_stream() -> torch.cuda.Stream:
+    """One for all measurements: libraries keep workspace for each stream that they are used on."""
+    return torch.cuda.Stream()

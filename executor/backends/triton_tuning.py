@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 LAUNCHES = 24  # in a graph, on as many different weights as there are
 MEASURED_BYTES = 1 << 30  # of weights, of which no graph reads many more
 EPS = 1e-5
+MOST_THREADS = 16  # that compile; with more, Python's share of it leaves none to the others
 LARGEST_WEIGHT = 256 << 20  # bytes: a larger one (that of the logits) cuBLAS reads at the memory's rate
 # Of a plan: the compiler's and the driver's, and what another version of the compiler may no longer have.
 FAILURES = (TritonError, RuntimeError, AssertionError, ValueError, OSError, ImportError, AttributeError, TypeError)
@@ -70,11 +71,14 @@ def tune(linears: Sequence[TritonLinear], table: LinearTable, most_rows: int, pr
         return 0
     processors = torch.cuda.get_device_properties(trials[0].x.device).multi_processor_count
     hopper = torch.cuda.get_device_capability(trials[0].x.device)[0] == 9
-    plans = [(trial, plan) for trial in trials for plan in candidates(trial.product, processors, hopper)]
+    attempts: list[tuple[Trial, Tensor, Plan]] = []
+    for trial in trials:
+        expected = trial.run(trial.linears[0], None)  # here: each thread that asks cuBLAS costs workspace for ever
+        attempts += ((trial, expected, plan) for plan in candidates(trial.product, processors, hopper))
     right: dict[Product, list[Plan]] = {trial.product: [] for trial in trials}
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        for done, ((trial, plan), is_right) in enumerate(zip(plans, pool.map(_is_right, plans), strict=True)):
-            progress("compiling products", done + 1, len(plans))
+    with ThreadPoolExecutor(min(MOST_THREADS, usable_cores())) as pool:
+        for done, ((trial, _, plan), is_right) in enumerate(zip(attempts, pool.map(_is_right, attempts), strict=True)):
+            progress("compiling products", done + 1, len(attempts))
             if is_right:
                 right[trial.product].append(plan)
     for done, trial in enumerate(trials):
@@ -84,6 +88,7 @@ def tune(linears: Sequence[TritonLinear], table: LinearTable, most_rows: int, pr
         for choice in (None, *right[trial.product]):
             layers = [partial(trial.run, linear, choice) for linear in trial.linears[:launches]]
             seconds[choice] = seconds_per_launch(layers, launches)
+        torch.cuda.empty_cache()  # the graphs' memory
         table.plans[trial.product] = fastest(seconds)
         log.debug("%s: %s", trial.product, {str(plan): f"{taken * 1e6:.1f} us" for plan, taken in seconds.items()})
     return len(trials)
@@ -106,13 +111,13 @@ def _trials(linears: Sequence[TritonLinear], table: LinearTable, most_rows: int)
                 yield Trial(product, alike, x, residual, torch.ones(outs, device=device, dtype=dtype))
 
 
-def _is_right(pair: tuple[Trial, Plan]) -> bool:
+def _is_right(attempt: tuple[Trial, Tensor, Plan]) -> bool:
     """Whether the kernel of a plan compiles, runs and gives what torch gives. Called in a thread of its own."""
-    trial, plan = pair
+    trial, expected, plan = attempt
     linear = trial.linears[0]
     try:
-        with torch.inference_mode(), torch.cuda.device(linear.weight.device):
-            expected = trial.run(linear, None)  # first: the driver has to know this thread before it takes a tile's map
+        with torch.inference_mode(), torch.cuda.device(expected.device):
+            torch.zeros(1, device=expected.device)  # the driver has to know this thread before it takes a tile's map
             difference = relative_difference(trial.run(linear, plan), expected)
     except torch.cuda.OutOfMemoryError:  # no fault of the plan's
         raise
