@@ -99,14 +99,14 @@ def test_an_idle_executor_records_its_steps_and_says_how_far_it_is(
     engine = Engine(tmp_path)
     try:
         ready = engine.await_message(engine.control, Ready)
-        assert isinstance(ready, Ready) and ready.facts["graphs"] == 17  # 3 sizes, 3 ways to choose; prompts 4 and 2
+        assert isinstance(ready, Ready) and ready.facts["graphs"] == 23  # 3 sizes, 3 ways to choose; prompts 7 and 2
         done: list[int] = []
-        while done[-1:] != [17]:
+        while done[-1:] != [23]:
             told = engine.await_message(engine.control, Progress)
             assert isinstance(told, Progress)
             if told.phase == "recording steps":
                 done.append(told.done)
-                assert told.total == 17
+                assert told.total == 23
         assert done == list(range(1, 18))
     finally:
         engine.close()
