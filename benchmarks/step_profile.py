@@ -174,7 +174,7 @@ def measure(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         driver, graphs = Driver(engine.runner), engine.runner.graphs
         began = time.perf_counter()
         while graphs is not None and graphs.recordings.missing:
-            graphs.recordings.record_next()
+            graphs.recordings.go_on()
         console.print(f"{graphs.recordings.total if graphs else 0} recordings: {time.perf_counter() - began:.1f} s")
         for layer in engine.runner.kv.layers:  # what is cached is made up, but like what models compute
             layer.keys.normal_()

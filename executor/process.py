@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 LINK_HWM = 64  # the scheduler keeps at most `run_ahead` steps in flight, so neither queue ever fills
 IDLE_SECONDS = 0.5  # how long an idle executor sleeps between two looks at the clock
 SPIN_SECONDS = 0.002  # how long to look for another step while the device is busy with the last, before waiting for it
-RECORD_EVERY = 8  # steps between two recordings while there is work: each holds the work up for some steps' time
+WORK_SHARE = 2.0  # under load, between two recordings steps get so many times as long as the first of them took
 
 
 def run(
@@ -81,7 +81,7 @@ class StepLoop:
         self._pending: deque[Pending] = deque()
         self._outbox: deque[Message] = deque()
         self._patience = 0.0  # until when to look for another step
-        self._steps_since_recording = 0
+        self._next_preparation = 0.0  # under load, not before then
         self._recording_began = 0.0
 
     def run(self) -> None:
@@ -98,9 +98,9 @@ class StepLoop:
             elif self._pending:
                 if self._must_finish():
                     self._finish_oldest()
-                    self._record_if_wanted()
+                    self._prepare_if_wanted()
             elif (recordings := self._recordings()) is not None:
-                self._record(recordings)
+                self._prepare(recordings)
             else:
                 self._wire.wait(self._watched, IDLE_SECONDS)
 
@@ -123,28 +123,28 @@ class StepLoop:
         self.send(self._pending.popleft().finish(0 if recordings is None else recordings.missing))
         self._be_patient()
 
-    def _record_if_wanted(self) -> None:
-        """Between steps, make a recording only where a step has just missed it, and not too often."""
-        self._steps_since_recording += 1
+    def _prepare_if_wanted(self) -> None:
+        """Between steps, make a recording only where a step has missed it, and not too often."""
         recordings = self._recordings()
-        if recordings is not None and recordings.wanted and self._steps_since_recording >= RECORD_EVERY:
-            self._record(recordings)
+        if recordings is not None and recordings.wanted and time.monotonic() >= self._next_preparation:
+            self._prepare(recordings)
 
     def _recordings(self) -> Recordings | None:
         """Those of steps, where some are still to be made."""
         graphs = self._runner.graphs
         return graphs.recordings if graphs is not None and graphs.recordings.missing else None
 
-    def _record(self, recordings: Recordings) -> None:
-        """Make one recording of a step, and tell how far it is."""
+    def _prepare(self, recordings: Recordings) -> None:
+        """Make one recording of a step, or a piece of what comes before all of them, and tell how far that is."""
+        began = time.monotonic()
         if recordings.missing == recordings.total:
-            self._recording_began = time.monotonic()
-        recordings.record_next()
-        self._steps_since_recording = 0
-        self._control.progress("recording steps", recordings.total - recordings.missing, recordings.total)
+            self._recording_began = began
+        piece = recordings.go_on()
+        now = time.monotonic()
+        self._next_preparation = now + WORK_SHARE * (now - began)
+        self._control.progress(piece.phase, piece.done, piece.total)
         if not recordings.missing:
-            seconds = time.monotonic() - self._recording_began
-            log.info("recorded %d steps in %.1f s, between the work", recordings.total, seconds)
+            log.info("recorded %d steps in %.1f s, between the work", recordings.total, now - self._recording_began)
 
     def _next_step(self) -> Step | None:
         received = self._steps.receive()

@@ -8,9 +8,10 @@ it may be done between any two steps.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from .backends.base import Piece
 from .graph_recorder import Recorder, Work
 from .sampling_columns import Choice
 
@@ -26,12 +27,14 @@ class Key(NamedTuple):
 
 
 class Recordings:
-    """Recordings by key. `wanted`: a step has just asked for the one that is next."""
+    """Recordings by key. `before`: pieces of work that has to be done before the first, since what is recorded depends
+    on it. `wanted`: a step has just asked for the one that is next."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, before: Iterable[Piece] = ()) -> None:
         self.total = 0
         self.wanted = False
         self._recorder = recorder
+        self._before = iter(before)
         self._plans: dict[Key, tuple[Work, Callable[[], None]]] = {}  # still to be made, in their order
         self._made: dict[Key, Work] = {}
         self._reasons: set[str] = set()
@@ -54,9 +57,12 @@ class Recordings:
             groups.setdefault((key.kind, key.choice), []).append(key)
         return [end(keys) for keys in groups.values()]
 
-    def record_next(self) -> None:
-        """Make the next recording."""
+    def go_on(self) -> Piece:
+        """Do a piece of what comes before all recordings, or make the next one; returns what is done."""
+        if (piece := next(self._before, None)) is not None:
+            return piece
         self.record(next(iter(self._plans)))
+        return Piece("recording steps", self.total - self.missing, self.total)
 
     def record(self, key: Key) -> None:
         """Make one that is missing. Where that fails it is logged, once for each reason, and such steps are launched

@@ -11,23 +11,29 @@ import gc
 import logging
 import sys
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
 
 from ..protocol.config import EngineConfig
 from ..protocol.errors import StartupError
 from ..protocol.messages import EngineInfo
-from .backends.base import Backend, KernelsUnavailable
+from .backends.base import Backend, KernelsUnavailable, Piece
 from .batch import PersistentBatch
 from .checkpoint import Progress
+from .compile_ahead import compile_first_steps
 from .graph_memory import bytes_of_all
 from .graph_recorder import Recorder
 from .host_pool import HostPool, host_blocks, staging_bytes
 from .kv_cache import KVCache, KVPlan, allowed_length, bytes_per_block, cpu_budget, plan_kv
 from .models.base import Model, ModelSpec
 from .runner import Runner
+from .side_by_side import side_by_side
 from .step_graphs import StepGraphs
+from .step_kernels import step_kernels
 from .threads import usable_cores
 from .transfer import Transfer
 from .warmup import profile_peak, warm_up
@@ -59,7 +65,9 @@ def start(config: EngineConfig, progress: Progress, live: torch.nn.Module | None
     else:
         torch.cuda.set_device(device)
     progress("compiling kernels", 0, 0)
-    backend = choose_backend(config, device)
+    # The step's kernels are tried out beside the model's: each mostly waits for the compiler.
+    tried: list[Callable[[], object]] = [partial(choose_backend, config, device), partial(step_kernels, device)]
+    backend = cast(Backend, side_by_side(tried, device)[0])
     clock.end("backend")
     progress("loading the model", 0, 0)
     model = load_model(config, device, backend, progress, live)
@@ -70,7 +78,7 @@ def start(config: EngineConfig, progress: Progress, live: torch.nn.Module | None
     allowed_length(config, model.spec)  # before the profiling run, whose time a refusal would waste
     progress("measuring memory", 0, 0)
     graphs = wants_graphs(config, model, device)
-    plan = plan_memory(config, model, transfer, graphs)
+    plan = plan_memory(config, model, backend, transfer, graphs)
     swap_room = host_blocks(config, plan)
     if swap_room and not transfer.shared:
         progress("pinning host memory", 0, 0)
@@ -79,11 +87,13 @@ def start(config: EngineConfig, progress: Progress, live: torch.nn.Module | None
     progress("warming up", 0, 0)
     warm_up(runner, config)
     clock.end("warm_up")
-    if device.type == "cuda":
-        backend.tune(config.max_num_seqs, progress)
-    clock.end("tune")
+    tuning = backend.tune(config.max_num_seqs)
     if graphs:  # behind the first steps, which are no hint of what will be wanted
-        runner.graphs = make_graphs(model, runner, transfer)
+        runner.graphs = make_graphs(model, runner, transfer, tuning)
+    else:  # there is no later
+        for piece in tuning:
+            progress(*piece)
+    clock.end("tune")
     if live is None:  # a caller's own process keeps its own garbage habits
         gc.collect()
         gc.freeze()
@@ -181,13 +191,13 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, 2**31 - 1)
 
 
-def plan_memory(config: EngineConfig, model: Model, transfer: Transfer, graphs: bool) -> KVPlan:
+def plan_memory(config: EngineConfig, model: Model, backend: Backend, transfer: Transfer, graphs: bool) -> KVPlan:
     """How many KV blocks there will be. `graphs`: steps will be recorded."""
     if config.num_blocks is not None or model.spec.recompute:
         return plan_kv(config, model.spec, 0, "num_blocks")
     if transfer.shared:
         return plan_kv(config, model.spec, cpu_budget(config), "kv_cache_memory")
-    return plan_kv(config, model.spec, _gpu_budget(config, model, transfer, graphs), "gpu_memory_utilization")
+    return plan_kv(config, model.spec, _gpu_budget(config, model, backend, transfer, graphs), "gpu_memory_utilization")
 
 
 def wants_graphs(config: EngineConfig, model: Model, device: torch.device) -> bool:
@@ -212,12 +222,12 @@ def make_runner(
     return Runner(model, batch, kv, transfer, host)
 
 
-def make_graphs(model: Model, runner: Runner, transfer: Transfer) -> StepGraphs:
-    """Recordings of `runner`'s steps, none made yet."""
-    return StepGraphs(model, runner.kv, runner.batch, Recorder(transfer.device), transfer)
+def make_graphs(model: Model, runner: Runner, transfer: Transfer, before: Iterable[Piece] = ()) -> StepGraphs:
+    """Recordings of `runner`'s steps, none made yet; `before` as in `Recordings`."""
+    return StepGraphs(model, runner.kv, runner.batch, Recorder(transfer.device), transfer, before)
 
 
-def _gpu_budget(config: EngineConfig, model: Model, transfer: Transfer, graphs: bool) -> int:
+def _gpu_budget(config: EngineConfig, model: Model, backend: Backend, transfer: Transfer, graphs: bool) -> int:
     """Bytes for keys and values: the share that the engine may use, minus what is used already (by anyone), minus
     what the largest step and the recorded ones need beside, as a profiling run measures it."""
     device = transfer.device
@@ -227,6 +237,7 @@ def _gpu_budget(config: EngineConfig, model: Model, transfer: Transfer, graphs: 
     small = KVPlan(blocks, min(length, blocks * config.block_size), bytes_per_block(model.spec, config.block_size))
     held = torch.cuda.memory_allocated(device)
     runner = make_runner(config, model, small, transfer)
+    compile_first_steps(runner, model.spec, backend)
     before = torch.cuda.memory_allocated(device)
     peak = profile_peak(runner, config) - before
     del runner

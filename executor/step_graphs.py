@@ -5,8 +5,11 @@ Owns the order of the recordings, and the choice of the recording for a step; mu
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
+from .backends.base import Piece
 from .batch import PersistentBatch, Work
 from .decode_graphs import DecodeGraphs
 from .graph_recorder import Recorder
@@ -20,12 +23,18 @@ from .transfer import Transfer
 
 
 class StepGraphs:
-    """Recordings of steps over `batch`, none made yet."""
+    """Recordings of steps over `batch`, none made yet; `before` as in `Recordings`."""
 
     def __init__(
-        self, model: Model, kv: KVCache, batch: PersistentBatch, recorder: Recorder, transfer: Transfer
+        self,
+        model: Model,
+        kv: KVCache,
+        batch: PersistentBatch,
+        recorder: Recorder,
+        transfer: Transfer,
+        before: Iterable[Piece] = (),
     ) -> None:
-        self.recordings = Recordings(recorder)
+        self.recordings = Recordings(recorder, before)
         self.decode = DecodeGraphs(model, kv, batch.tensors, self.recordings, transfer)
         self.prompts = PromptGraphs(model, kv, batch, self.recordings, transfer)
         for choice in Choice:  # greedy ones first: all serve as soon as one is there

@@ -10,13 +10,20 @@ heads, D head size, BS block size.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import Progress
+
+class Piece(NamedTuple):
+    """What has been done of some long work."""
+
+    phase: str
+    done: int
+    total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +74,13 @@ class Backend(Protocol):
     # step may be recorded as a CUDA graph and replayed for longer rows.
     recordable: bool
 
-    def tune(self, most_rows: int, progress: Progress) -> None:
-        """Measure what is to be measured here for steps of up to `most_rows` rows, now that a first step has been run:
-        it may change how an operation is done, not its meaning."""
+    def tune(self, most_rows: int) -> Iterator[Piece]:
+        """Measure what is to be measured here for steps of up to `most_rows` rows, once a first step has been run. That
+        is done piece by piece, with steps in between, and may change how an operation is done, not its meaning."""
+
+    def compile_calls(self, heads: int, kv: KVLayer) -> list[Callable[[], object]]:
+        """Calls that have the kernels compiled with which `heads` query heads attend over pages like `kv`. They may be
+        made side by side; what is in the pages does not matter, and is not changed."""
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """Pack `weight` [out, in] (and `bias` [out]); the caller drops its own reference afterwards."""

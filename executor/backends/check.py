@@ -9,10 +9,12 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ..side_by_side import side_by_side
 from .base import Backend, KernelsUnavailable, KVLayer, StepBatch
 from .torch import TorchBackend
 
@@ -53,9 +55,9 @@ def check_backend(backend: Backend, device: torch.device, dtype: torch.dtype) ->
     """
     inputs = _make_inputs(device, dtype)
     reference, limit = TorchBackend(), TOLERANCE[dtype]
-    for name, operation in OPERATIONS.items():
-        pairs = zip(operation(backend, inputs), operation(reference, inputs), strict=True)
-        for actual, expected in pairs:
+    results = side_by_side([partial(operation, backend, inputs) for operation in OPERATIONS.values()], device)
+    for (name, operation), result in zip(OPERATIONS.items(), results, strict=True):
+        for actual, expected in zip(result, operation(reference, inputs), strict=True):
             if actual.shape != expected.shape or actual.dtype is not expected.dtype:
                 raise KernelsUnavailable(
                     f"{name} gives {list(actual.shape)} of {actual.dtype} where torch gives {list(expected.shape)} of "

@@ -11,17 +11,16 @@ weights of bfloat16 attention, which are rounded before they meet the values.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ctypes import c_float, c_int, c_long, c_void_p
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import Progress
 from ..kernels.cpu.build import load
 from ..kernels.cpu.pack import pack_bias, pack_weight
-from .base import KVLayer, Linear, StepBatch
+from .base import KVLayer, Linear, Piece, StepBatch
 
 STEP_DTYPES = (torch.int64, torch.int64, torch.int32, torch.int32, torch.int32)  # in the order of _StepBatch
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -128,8 +127,13 @@ class CpuBackend:
         self._batch: StepBatch | None = None
         self._batch_struct = _StepBatch()
 
-    def tune(self, most_rows: int, progress: Progress) -> None:
-        """There is one way of doing each operation."""
+    def tune(self, most_rows: int) -> Iterator[Piece]:
+        """Nothing: there is one way of doing each operation."""
+        return iter(())
+
+    def compile_calls(self, heads: int, kv: KVLayer) -> list[Callable[[], object]]:
+        """None: the kernels are there."""
+        return []
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return CpuLinear(self._of(weight), weight, bias)

@@ -22,6 +22,7 @@ def seconds_per_launch(launches: Sequence[Callable[[], Tensor]], least: int) -> 
     with torch.cuda.stream(side):  # compiles, and lets libraries allocate what they need
         launches[0]()
     torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()  # nothing else is to run on the device meanwhile
     rounds = -(-least // len(launches))
     graph = torch.cuda.CUDAGraph()
     # thread_local: whatever other threads of the process do.

@@ -6,12 +6,13 @@ decode has no Python loop over requests. Norms, rotation and softmax are compute
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..checkpoint import Progress
-from .base import KVLayer, Linear, StepBatch
+from .base import KVLayer, Linear, Piece, StepBatch
 
 MAX_SCORES = 1 << 25  # float32 scores held at a time while a prompt is attended: 128 MB
 
@@ -58,8 +59,13 @@ class TorchBackend:
         self._batch: StepBatch | None = None
         self._bounds: list[tuple[int, int, int]] = []
 
-    def tune(self, most_rows: int, progress: Progress) -> None:
-        """There is one way of doing each operation."""
+    def tune(self, most_rows: int) -> Iterator[Piece]:
+        """Nothing: there is one way of doing each operation."""
+        return iter(())
+
+    def compile_calls(self, heads: int, kv: KVLayer) -> list[Callable[[], object]]:
+        """None: torch has compiled its own."""
+        return []
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return TorchLinear(weight, bias)

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from weakref import WeakSet
 
+import torch
 from torch import Tensor
 
-from ..checkpoint import Progress
 from ..kernels.gpu.attention_decode import decode_attention
-from ..kernels.gpu.attention_hopper import hopper_attention
+from ..kernels.gpu.attention_hopper import fits, hopper_attention, is_hopper
 from ..kernels.gpu.attention_prefill import prefill_attention
 from ..kernels.gpu.attention_tiles import unsupported
 from ..kernels.gpu.linear_table import LinearTable
 from ..kernels.gpu.norm import add_rms_norm, rms_norm
 from ..kernels.gpu.rope import rope_and_cache, write_kv
 from ..kernels.gpu.silu import silu_mul
-from .base import KVLayer, Linear, StepBatch
+from .base import KVLayer, Linear, Piece, StepBatch
 from .hopper_prompts import HopperPrompts
 from .torch import TorchBackend
 from .triton_linear import TritonLinear
@@ -47,11 +49,11 @@ class TritonBackend(TorchBackend):
         self._compiled: set[object] = set()  # attention kernels, each with what it is compiled for
         self._hopper = HopperPrompts()
 
-    def tune(self, most_rows: int, progress: Progress) -> None:
+    def tune(self, most_rows: int) -> Iterator[Piece]:
         """Choose between product kernels and cuBLAS where that has not been done on this card yet."""
         linears, began = list(self._linears), time.perf_counter()
         try:
-            if found := tune(linears, self._table, most_rows, progress):
+            if found := (yield from tune(linears, self._table, most_rows)):
                 log.info("%d kinds of products measured in %.1f s", found, time.perf_counter() - began)
                 if self._path is not None:
                     self._table.save(self._path)
@@ -59,6 +61,29 @@ class TritonBackend(TorchBackend):
             log.warning("products that are not measured are cuBLAS's: %s: %s", type(error).__name__, error)
         for linear in linears:
             linear.consult(self._table)
+
+    def compile_calls(self, heads: int, kv: KVLayer) -> list[Callable[[], object]]:
+        """Those of a decode row and of a prompt, whole and cut along their keys."""
+        q = kv.keys.new_zeros((2, heads, kv.keys.shape[3]))
+        if unsupported(q, kv) is not None:
+            return []
+        out = q.new_empty((2, heads * q.shape[2]))
+
+        def ints(*values: int) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=q.device)
+
+        tables, places = torch.zeros((2, 1), dtype=torch.int32, device=q.device), ints(0, 1).long()
+        rows = StepBatch(places, places, tables, ints(0, 1, 2), ints(1, 2), 2, 1, 2)
+        prompt = StepBatch(places, places, tables[:1], ints(0, 2), ints(2), 0, 2, 2)
+        calls: list[Callable[[], object]] = []
+        for splits in (1, 2):
+            calls += (
+                partial(decode_attention, q, kv, rows, 1.0, out, splits=splits),
+                partial(prefill_attention, q, kv, prompt, 1.0, out, splits=splits),
+            )
+        if is_hopper(q.device) and fits(q, kv, None, None):
+            calls.append(partial(hopper_attention, q, kv, prompt, 1.0, out))
+        return calls
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         linear = TritonLinear(weight, bias, self._table)

@@ -1,14 +1,15 @@
 """Which products of a model this project's kernels do faster than cuBLAS: measured once on a card, on its weights.
 
-Owns the inputs, the clock and the order of measurements; must not know models, or where the table is kept. All kernels
-are compiled first, side by side: the compiler takes far longer than the measuring.
+Owns the inputs, the clock and the order of measurements; must not know models, or where the table is kept. It is done
+in pieces, between which the engine may run steps. All kernels are compiled first, side by side: the compiler takes far
+longer than the measuring.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,13 +17,13 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from ..checkpoint import Progress
 from ..kernels.gpu.linear import multiply, multiply_add_norm, multiply_silu_mul
 from ..kernels.gpu.linear_plan import Plan
 from ..kernels.gpu.linear_table import BUCKETS, LinearTable, Operation, Product, bucket, candidates, fastest
 from ..kernels.gpu.norm import add_rms_norm
 from ..kernels.gpu.silu import silu_mul
 from ..threads import usable_cores
+from .base import Piece
 from .check import TOLERANCE, relative_difference
 from .launch_clock import seconds_per_launch
 from .triton_linear import HALVES, TritonLinear
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 LAUNCHES = 24  # in a graph, on as many different weights as there are
 MEASURED_BYTES = 1 << 30  # of weights, of which no graph reads many more
 EPS = 1e-5
+PATIENCE = 0.02  # seconds for which a piece waits for the compiler
 MOST_THREADS = 16  # that compile; with more, Python's share of it leaves none to the others
 LARGEST_WEIGHT = 256 << 20  # bytes: a larger one (that of the logits) cuBLAS reads at the memory's rate
 # Of a plan: the compiler's and the driver's, and what another version of the compiler may no longer have.
@@ -63,35 +65,52 @@ class Trial:
         return multiply_add_norm(x, weight, bias, self.residual, self.norm, EPS, plan)[0]
 
 
-def tune(linears: Sequence[TritonLinear], table: LinearTable, most_rows: int, progress: Progress) -> int:
+Attempt = tuple[Trial, Tensor, Plan]  # what the plan's kernel must give is in the middle
+
+
+def tune(linears: Sequence[TritonLinear], table: LinearTable, most_rows: int) -> Generator[Piece, None, int]:
     """Fill `table` with the choice for every operation that `linears` were asked for, for up to `most_rows` rows, where
-    it has none yet. Returns how many choices are new."""
+    it has none yet. Yields when a piece of that is done, or has been waited for long enough; returns how many choices
+    are new."""
     trials = list(_trials(linears, table, most_rows))
     if not trials:
         return 0
     processors = torch.cuda.get_device_properties(trials[0].x.device).multi_processor_count
     hopper = torch.cuda.get_device_capability(trials[0].x.device)[0] == 9
-    attempts: list[tuple[Trial, Tensor, Plan]] = []
+    attempts: list[Attempt] = []
     for trial in trials:
         expected = trial.run(trial.linears[0], None)  # here: each thread that asks cuBLAS costs workspace for ever
         attempts += ((trial, expected, plan) for plan in candidates(trial.product, processors, hopper))
-    right: dict[Product, list[Plan]] = {trial.product: [] for trial in trials}
-    with ThreadPoolExecutor(min(MOST_THREADS, usable_cores())) as pool:
-        for done, ((trial, _, plan), is_right) in enumerate(zip(attempts, pool.map(_is_right, attempts), strict=True)):
-            progress("compiling products", done + 1, len(attempts))
-            if is_right:
-                right[trial.product].append(plan)
-    for done, trial in enumerate(trials):
-        progress("measuring products", done, len(trials))
+    right = yield from _right_plans(attempts)
+    for done, trial in enumerate(trials, 1):
         launches = min(LAUNCHES, MEASURED_BYTES // trial.linears[0].weight.nbytes)
         seconds: dict[Plan | None, float] = {}
-        for choice in (None, *right[trial.product]):
+        for choice in (None, *right.get(trial.product, [])):
             layers = [partial(trial.run, linear, choice) for linear in trial.linears[:launches]]
             seconds[choice] = seconds_per_launch(layers, launches)
         torch.cuda.empty_cache()  # the graphs' memory
         table.plans[trial.product] = fastest(seconds)
         log.debug("%s: %s", trial.product, {str(plan): f"{taken * 1e6:.1f} us" for plan, taken in seconds.items()})
+        yield Piece("measuring products", done, len(trials))
     return len(trials)
+
+
+def _right_plans(attempts: Sequence[Attempt]) -> Generator[Piece, None, dict[Product, list[Plan]]]:
+    """The plans whose kernels compile and are right. They are compiled by other threads, and waited for in between."""
+    pool = ThreadPoolExecutor(min(MOST_THREADS, usable_cores()))
+    try:
+        futures: dict[Future[bool], Attempt] = {pool.submit(_is_right, attempt): attempt for attempt in attempts}
+        missing = set(futures)
+        while missing:
+            _, missing = wait(missing, PATIENCE, FIRST_COMPLETED)
+            yield Piece("compiling products", len(futures) - len(missing), len(futures))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    right: dict[Product, list[Plan]] = {}
+    for future, (trial, _, plan) in futures.items():
+        if future.result():
+            right.setdefault(trial.product, []).append(plan)
+    return right
 
 
 def _trials(linears: Sequence[TritonLinear], table: LinearTable, most_rows: int) -> Iterator[Trial]:
@@ -111,7 +130,7 @@ def _trials(linears: Sequence[TritonLinear], table: LinearTable, most_rows: int)
                 yield Trial(product, alike, x, residual, torch.ones(outs, device=device, dtype=dtype))
 
 
-def _is_right(attempt: tuple[Trial, Tensor, Plan]) -> bool:
+def _is_right(attempt: Attempt) -> bool:
     """Whether the kernel of a plan compiles, runs and gives what torch gives. Called in a thread of its own."""
     trial, expected, plan = attempt
     linear = trial.linears[0]

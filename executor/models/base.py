@@ -30,6 +30,7 @@ class ModelSpec:
     recompute: bool = False
     # `forward` asks the device nothing and does the same for every step of the same shapes, so that it may be recorded.
     recordable: bool = False
+    num_heads: int = 0  # of queries, where that is known
 
 
 class Model(Protocol):

@@ -57,6 +57,7 @@ class Decoder:
             architecture=config.architecture,
             num_layers=config.num_layers,
             num_kv_heads=config.num_kv_heads,
+            num_heads=config.num_heads,
             head_dim=config.head_dim,
             vocab_size=config.vocab_size,
             max_model_len=config.max_position,

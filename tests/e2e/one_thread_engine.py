@@ -61,7 +61,7 @@ class OneThreadEngine:
         assert graphs is not None, "steps are not recorded here"
         with torch.inference_mode():
             while graphs.recordings.missing:
-                graphs.recordings.record_next()
+                graphs.recordings.go_on()
         return graphs.recordings.total
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fast_inference.executor import startup
+from fast_inference.executor.backends.torch import TorchBackend
 from fast_inference.executor.graph_recorder import WARM_UPS, Recorder
 from fast_inference.executor.kv_cache import bytes_per_block
 from fast_inference.executor.transfer import Transfer
@@ -110,9 +111,9 @@ def test_a_gpus_plan_leaves_room_for_the_largest_step_the_recordings_and_the_bat
     config = EngineConfig(model="tiny", max_num_seqs=4, gpu_memory_utilization=0.5, block_size=16)
     model, transfer = TinyModel(), Transfer(torch.device("cpu"))
     with torch.inference_mode():
-        plain = startup._gpu_budget(config, model, transfer, graphs=False)
+        plain = startup._gpu_budget(config, model, TorchBackend(), transfer, graphs=False)
         assert recorded == [0]
-        with_graphs = startup._gpu_budget(config, model, transfer, graphs=True)
+        with_graphs = startup._gpu_budget(config, model, TorchBackend(), transfer, graphs=True)
     rows = 4 * (LENGTH + 1 + LENGTH // 16) * 4
     assert plain == total // 2 - other - peak - rows - bytes_per_block(model.spec, 16)
     # 1, 2 and 4 rows, three ways to choose, and 16 to 256 tokens, 7 sizes, two ways: 23, of which 10 were made, which

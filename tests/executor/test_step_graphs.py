@@ -244,10 +244,10 @@ def test_a_larger_recording_serves_until_the_fitting_one_is_made_next() -> None:
     assert model.batches[-1] == [0, 1, 2]  # no recording yet
     with torch.inference_mode():
         for _ in range(3):
-            graphs.recordings.record_next()  # what was asked for, the last first; then one row alone
+            graphs.recordings.go_on()  # what was asked for, the last first; then one row alone
     assert made(graphs, "decode") == {1, 2} and made(graphs, "prompt") == {16}
     with torch.inference_mode():
-        graphs.recordings.record_next()
+        graphs.recordings.go_on()
     assert made(graphs, "decode") == {1, 2, 8}
     driver.admit(2, prompt(5))
     driver.step({2: 5})
@@ -255,7 +255,7 @@ def test_a_larger_recording_serves_until_the_fitting_one_is_made_next() -> None:
     driver.decode(1)
     assert model.batches[-1] == list(range(9))  # three rows in the recording for eight
     with torch.inference_mode():
-        graphs.recordings.record_next()
+        graphs.recordings.go_on()
     driver.decode(1)
     assert model.batches[-1] == list(range(5))
     for slot, length in enumerate((4, 6, 5)):
@@ -277,7 +277,7 @@ def test_a_recording_that_fails_is_logged_once_and_its_steps_run_eagerly(caplog:
     graphs = StepGraphs(driver.runner._model, driver.kv, batch, recorder, driver.transfer)
     with caplog.at_level(logging.WARNING), torch.inference_mode():
         while graphs.recordings.missing:
-            graphs.recordings.record_next()
+            graphs.recordings.go_on()
     assert [r.message for r in caplog.records] == [
         "no graph for decode steps of 8 rows (operation not permitted when stream is capturing): they run eagerly"
     ]
@@ -312,6 +312,6 @@ def test_recording_between_two_steps_changes_nothing() -> None:
     while recordings.missing:
         driver.decode(1)
         with torch.inference_mode():
-            recordings.record_next()
+            recordings.go_on()
     eager, _ = serve(False, params, recordings.total)
     assert driver.out == eager.out

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import pairwise
 
 import numpy as np
 import pytest
-from fast_inference.executor.process import RECORD_EVERY, StepLoop
+from fast_inference.executor.backends.base import Piece
+from fast_inference.executor.process import StepLoop
 from fast_inference.protocol.messages import Message, Shutdown, Step, StepResult
 
 
@@ -33,10 +35,11 @@ class Recordings:
         self.wanted = False
         self._events = events
 
-    def record_next(self) -> None:
+    def go_on(self) -> Piece:
         self.missing -= 1
         self.wanted = False
         self._events.append("record")
+        return Piece("recording steps", self.total - self.missing, self.total)
 
 
 class World:
@@ -121,17 +124,32 @@ def test_an_idle_executor_makes_all_recordings_and_then_sleeps(done: bool) -> No
     assert world.progress_told == [("recording steps", n, 3) for n in (1, 2, 3)]
 
 
-def test_under_load_one_recording_in_some_steps_is_made_and_only_a_wanted_one() -> None:
-    world = World(3 * RECORD_EVERY, depth=2, missing=9)
-    launch = world.launch
+def test_under_load_only_wanted_recordings_are_made_and_steps_have_most_of_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A step takes 10 ms, a recording 50: so twice as long, ten steps, lie between two of them."""
+    world, now = World(30, depth=2, missing=9), [0.0]
+    launch, go_on, receive = world.launch, world.recordings.go_on, world.receive
+
+    def timed_receive() -> tuple[str, Step] | None:
+        now[0] += 0.0001  # patience comes to an end
+        return receive()
 
     def wanting(step: Step) -> Work:
-        world.recordings.wanted = step.number > RECORD_EVERY
+        now[0] += 0.010
+        world.recordings.wanted = step.number > 8
         return launch(step)
 
-    world.launch = wanting  # type: ignore[method-assign]
+    def timed_go_on() -> Piece:
+        now[0] += 0.050
+        return go_on()
+
+    monkeypatch.setattr("fast_inference.executor.process.time.monotonic", lambda: now[0])
+    world.launch, world.recordings.go_on = wanting, timed_go_on  # type: ignore[method-assign]
+    world.receive = timed_receive  # type: ignore[method-assign]
     events = world.run()
-    busy = events[: events.index(f"launch {3 * RECORD_EVERY}")]
-    assert "record" not in busy[: busy.index(f"launch {RECORD_EVERY + 1}")]
-    assert 1 <= busy.count("record") <= 2
+    busy = [event for event in events[: events.index("launch 30")] if not event.startswith("finish")]
+    places = [place for place, event in enumerate(busy) if event == "record"]
+    assert busy[places[0] - 1] == "launch 9"
+    assert {later - earlier for earlier, later in pairwise(places)} == {11} and len(places) == 3
     assert events.count("record") == 9

@@ -112,7 +112,7 @@ class Driver:
             self.runner.graphs = self.graphs
         with torch.inference_mode():
             while graphs and self.graphs.recordings.missing:
-                self.graphs.recordings.record_next()
+                self.graphs.recordings.go_on()
         self.block_size = block_size
         self.free = np.random.default_rng(1).permutation(num_blocks).tolist()
         self.blocks: dict[int, list[int]] = {}

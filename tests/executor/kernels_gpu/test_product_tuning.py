@@ -54,15 +54,12 @@ def test_what_layers_were_asked_for_is_measured_on_all_of_them_and_kept(timed: l
     for layer in layers:
         backend.linear_silu_mul(layer, x.half())
     wide(x)
-    phases: list[str] = []
-    backend.tune(1, lambda phase, done, total: phases.append(phase))
+    phases = {piece.phase for piece in backend.tune(1)}
     expected = {Product("linear_silu_mul", 1, OUTS, INS, "float16"): plans_of("linear_silu_mul", 1)[-1]}
     assert load_table(path).plans == expected
     assert timed == [3] * (1 + len(plans_of("linear_silu_mul", 1)))
-    assert {"compiling products", "measuring products"} == set(phases)
-    phases.clear()
-    backend.tune(1, lambda phase, done, total: phases.append(phase))
-    assert not phases
+    assert {"compiling products", "measuring products"} == phases
+    assert not list(backend.tune(1))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device, which measures itself")
@@ -81,7 +78,7 @@ def test_plans_that_fail_or_are_wrong_are_left_out(timed: list[int], monkeypatch
     backend = TritonBackend(table)
     layer = backend.linear(torch.randn(OUTS, INS).half() / 16)
     layer(torch.randn(1, INS).half())
-    backend.tune(1, lambda *_: None)
+    list(backend.tune(1))
     assert list(table.plans.values()) == [second]
 
 
@@ -97,5 +94,5 @@ def test_a_lack_of_memory_is_no_fault_of_a_plan(
     backend = TritonBackend(table)
     layer = backend.linear(torch.randn(OUTS, INS).half())
     layer(torch.randn(1, INS).half())
-    backend.tune(1, lambda *_: None)
+    list(backend.tune(1))
     assert not table.plans and "full" in caplog.text
