@@ -106,6 +106,7 @@ class DecodeGraphs:
             num_decodes=size,
             max_query_len=1,
             max_seq_len=self._tensors.row_tokens - 1,
+            order=rows.order,
         )
         logits = self._model.forward(rows.token_ids, batch, self._kv.layers, None)
         if choice is Choice.LOGITS:

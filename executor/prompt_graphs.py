@@ -25,9 +25,15 @@ from .transfer import Transfer
 
 KIND = "prompt"
 # Tokens of a step: with more, the device is busy for longer than launching takes.
-SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512)
-ROWS = 8  # the last is padding
+SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 576, 640, 768, 1024, 1152)
+FEWEST_ROWS, MOST_ROWS = 8, 64  # prompts and decodes in a step, of which the last is padding
+TOKENS_PER_ROW = 8  # so many rows are recorded between the two: attention is cut by how many there may be
 LONGEST = 1024  # tokens of a row with its cached prefix: a longer one is cut along its keys otherwise
+
+
+def rows_of(size: int) -> int:
+    """How many rows the recording for `size` tokens has."""
+    return max(FEWEST_ROWS, min(MOST_ROWS, size // TOKENS_PER_ROW))
 
 
 class PromptGraphs:
@@ -43,9 +49,9 @@ class PromptGraphs:
         self.sizes = [size for size in SIZES if size <= batch.max_model_len]
         most = SIZES[-1]
         self._tokens = torch.zeros((3, most), dtype=torch.int64, device=device)  # positions, flat_tokens, slot_mapping
-        self._starts = torch.zeros(ROWS + 1, dtype=torch.int64, device=device)
+        self._starts = torch.zeros(MOST_ROWS + 1, dtype=torch.int64, device=device)
         # slots, seq_lens, logits_at; where the new token goes: slot, known tokens
-        self._rows = torch.zeros((5, ROWS), dtype=torch.int64, device=device)
+        self._rows = torch.zeros((5, MOST_ROWS), dtype=torch.int64, device=device)
 
     def plan(self, choice: Choice) -> None:
         """Have a recording made for each size. Steps that end with their logits are not recorded."""
@@ -61,11 +67,12 @@ class PromptGraphs:
         padding's. The next replay overwrites it.
         """
         rows, total = len(work.slots), int(work.counts.sum())
-        if rows >= ROWS or choice is Choice.LOGITS or not work.samples.any():
+        if rows >= MOST_ROWS or choice is Choice.LOGITS or not work.samples.any():
             return None
         if int((work.starts + work.counts).max()) > self._longest:
             return None
-        found = self._recordings.smallest(KIND, choice, self.sizes, total)
+        least = total if rows < FEWEST_ROWS else max(total, TOKENS_PER_ROW * (rows + 1))
+        found = self._recordings.smallest(KIND, choice, self.sizes, least)
         if found is None:
             return None
         size, recorded = found
@@ -84,15 +91,15 @@ class PromptGraphs:
     def _fill(self, size: int, part: Pass, lengths: Int) -> None:
         """Put `part`, filled up with padding to `size` tokens, into the buffers: the last row gets what is left of
         them, and those before it that are left over have no tokens."""
-        batch, rows = self._batch, len(part.slots)
+        batch, rows, most_rows = self._batch, len(part.slots), rows_of(size)
         scratch = batch.tensors.scratch
         tokens = np.zeros((3, size), np.int64)
         tokens[1] = scratch * batch.row_tokens
         tokens[2] = batch.num_blocks * batch.block_size
-        counts = np.zeros(ROWS, np.int64)
+        counts = np.zeros(most_rows, np.int64)
         counts[:rows] = part.counts
         counts[-1] = size - int(counts.sum())
-        table = np.ones((5, ROWS), np.int64)
+        table = np.ones((5, most_rows), np.int64)
         table[0], table[3] = scratch, scratch
         table[1] = counts
         if rows:
@@ -110,19 +117,20 @@ class PromptGraphs:
         table[2] = np.maximum(starts[1:], 1) - 1
         new_tokens, new_starts, new_rows = self._transfer.up(tokens, starts, table)
         self._tokens[:, :size].copy_(new_tokens)
-        self._starts.copy_(new_starts)
-        self._rows.copy_(new_rows)
+        self._starts[: most_rows + 1].copy_(new_starts)
+        self._rows[:, :most_rows].copy_(new_rows)
 
     def _compute(self, choice: Choice, size: int) -> Tensor:
         """The work that is recorded."""
         tensors = self._batch.tensors
         positions, flat_tokens, slot_mapping = self._tokens[:, :size]
-        slots, seq_lens, logits_at, to_slots, lengths = self._rows
+        rows = rows_of(size)
+        slots, seq_lens, logits_at, to_slots, lengths = self._rows[:, :rows]
         batch = StepBatch(
             positions=positions,
             slot_mapping=slot_mapping,
             block_tables=tensors.block_tables.index_select(0, slots),
-            query_start=self._starts.to(torch.int32),
+            query_start=self._starts[: rows + 1].to(torch.int32),
             seq_lens=seq_lens.to(torch.int32),
             num_decodes=0,
             max_query_len=size,

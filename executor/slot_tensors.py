@@ -35,6 +35,7 @@ class DecodeRows:
     slot_mapping: Tensor  # [B] int64
     block_tables: Tensor  # [B, max_blocks] int32
     seq_lens: Tensor  # [B] int32
+    order: Tensor | None = None  # [B] int32: the rows, the longest first, where somebody asks for it
 
 
 class SlotTensors:

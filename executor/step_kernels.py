@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 class StepKernels:
     """As the functions of these names in `executor/kernels/gpu` say."""
 
-    gather: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
+    gather: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
     append: Callable[..., None]
     choose: Callable[..., Tensor]
     best_tokens: Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -42,6 +42,8 @@ class StepBatch:
     num_decodes: int
     max_query_len: int
     max_seq_len: int
+    # [num_decodes] int32: the decode rows, those of most tokens first. Who begins with them does not end with one.
+    order: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

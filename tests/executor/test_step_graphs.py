@@ -136,6 +136,22 @@ def test_short_prompts_decodes_and_chunks_share_a_recorded_step_in_any_order() -
         assert driver.out[slot] == alone(TinyModel(), prompts[slot], params, seed, len(driver.out[slot]))
 
 
+def test_a_prompt_shares_a_recorded_step_with_many_decode_rows() -> None:
+    model = TinyModel()
+    driver = Driver(model, slots=13, num_blocks=160, max_model_len=160, graphs=True)
+    for slot in range(12):
+        driver.admit(slot, prompt(4 + slot, slot))
+    driver.finish_prompts()
+    driver.admit(12, prompt(9, 12))
+    model.batches.clear()
+    driver.step({**dict.fromkeys(range(12), 1), 12: 9})
+    assert sizes(model) == [128] and len(model.batches[-1]) == 16 + 1  # the fewest tokens with so many rows
+    driver.decode(2)
+    for slot in range(13):
+        length = 9 if slot == 12 else 4 + slot
+        assert driver.out[slot] == TinyModel().generate(prompt(length, slot), len(driver.out[slot]))
+
+
 def test_a_step_whose_rows_all_go_on_or_that_is_too_large_or_wants_prompt_logprobs_is_not_replayed() -> None:
     model = TinyModel()
     driver = Driver(model, slots=8, graphs=True)

@@ -51,7 +51,7 @@ def decode_attention(
         splits = choose_splits(programs, resident, window or ANY_LENGTH, tile.keys)
     means, sizes = make_parts(out, rows, heads, splits)
     _decode[(rows, kv_heads, splits)](
-        q, kv.keys, kv.values, batch.block_tables, batch.seq_lens, means, sizes,
+        q, kv.keys, kv.values, batch.block_tables, batch.seq_lens, batch.order, means, sizes,
         factor, cap, window or 0, splits, batch.block_tables.stride(0), kv.keys.stride(0),
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD=head_size, HEAD_PAD=triton.next_power_of_2(head_size),
         BLOCK_SIZE=block_size, ROWS=tile.rows, TILE=tile.keys, WINDOWED=bool(window), CAPPED=bool(soft_cap),
@@ -72,7 +72,7 @@ def choose_tile(group: int, head_size: int, itemsize: int) -> Tile:
 
 @triton.jit(do_not_specialize=["window", "splits", "table_stride"])
 def _decode(
-    q, keys, values, tables, seq_lens, means, sizes,
+    q, keys, values, tables, seq_lens, order, means, sizes,
     factor, cap, window, splits, table_stride, block_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SPLIT: tl.constexpr,
@@ -81,6 +81,8 @@ def _decode(
     """One row, one kv head, one part."""
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     await_results(OVERLAP)
+    if order is not None:  # long rows that came last would keep few processors busy at the end
+        row = tl.load(order + row)
     length = tl.load(seq_lens + row)
     first = tl.maximum(length - window, 0) if WINDOWED else 0
     first_tile = first // TILE

@@ -12,27 +12,31 @@ import triton.language as tl
 from torch import Tensor
 
 TABLE_TILE = 1024  # entries of a block table that one program copies
+AT_ONCE = 256  # rows whose lengths are compared together
 
 
 def gather(
     slots: Tensor, token_ids: Tensor, lengths: Tensor, block_tables: Tensor, block_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The newest known tokens of `slots` [B] int64, of which slot s knows `lengths[s]` (at least 1).
 
     `token_ids` [S, row_tokens] int32, `lengths` [S] int64, `block_tables` [S, max_blocks] int32. Returns lengths, token
-    ids, positions and slot mapping, [B] int64 each; the slots' block tables [B, max_blocks] int32; lengths [B] int32.
+    ids, positions and slot mapping, [B] int64 each; the slots' block tables [B, max_blocks] int32; lengths [B] int32;
+    the rows [B] int32, the longest first, and of equals the first.
     """
     count, width = len(slots), block_tables.shape[1]
     rows = torch.empty((4, count), dtype=torch.int64, device=slots.device)
     tables = torch.empty((count, width), dtype=torch.int32, device=slots.device)
     seq_lens = torch.empty(count, dtype=torch.int32, device=slots.device)
+    order = torch.empty_like(seq_lens)
     if count:
         _gather[(count, triton.cdiv(width, TABLE_TILE))](
-            slots, token_ids, lengths, block_tables, rows, tables, seq_lens,
-            token_ids.stride(0), block_tables.stride(0), width, block_size, TILE=TABLE_TILE, num_warps=4,
+            slots, token_ids, lengths, block_tables, rows, tables, seq_lens, order,
+            token_ids.stride(0), block_tables.stride(0), width, block_size, TILE=TABLE_TILE, AT_ONCE=AT_ONCE,
+            num_warps=4,
         )  # fmt: skip
     known, tokens, positions, slot_mapping = rows
-    return known, tokens, positions, slot_mapping, tables, seq_lens
+    return known, tokens, positions, slot_mapping, tables, seq_lens, order
 
 
 def append(slots: Tensor, known: Tensor, tokens: Tensor, token_ids: Tensor, lengths: Tensor, scratch: int) -> None:
@@ -44,8 +48,8 @@ def append(slots: Tensor, known: Tensor, tokens: Tensor, token_ids: Tensor, leng
 
 @triton.jit
 def _gather(
-    slots, token_ids, lengths, block_tables, rows, tables, seq_lens, row_tokens, row_blocks, width, block_size,
-    TILE: tl.constexpr,
+    slots, token_ids, lengths, block_tables, rows, tables, seq_lens, order,
+    row_tokens, row_blocks, width, block_size, TILE: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     row, count = tl.program_id(0), tl.num_programs(0)
     slot = tl.load(slots + row)
@@ -62,6 +66,13 @@ def _gather(
         tl.store(rows + 2 * count + row, position)
         tl.store(rows + 3 * count + row, block * block_size + position % block_size)
         tl.store(seq_lens + row, length.to(tl.int32))
+        before = 0  # rows that come first in the order
+        for first in range(0, count, AT_ONCE):
+            other = first + tl.arange(0, AT_ONCE)
+            inside = other < count
+            theirs = tl.load(lengths + tl.load(slots + other, inside, 0), inside, 0)
+            before += tl.sum(((theirs > length) | ((theirs == length) & (other < row))).to(tl.int32), 0)
+        tl.store(order + before, row)
 
 
 @triton.jit

@@ -300,3 +300,35 @@ def test_the_kernel_for_hopper_is_tried_once_against_the_other(
         assert_near(attend(backend, q, step, 0.1, None, None), attend(TorchBackend(), q, step, 0.1, None, None))
     assert len(calls) == (3 if does == "as it should" else 1)
     assert len(caplog.records) == bool(told) and told in caplog.text
+
+
+@pytest.mark.parametrize("splits", (1, 2))
+def test_the_order_in_which_decode_rows_are_taken_changes_no_bit(splits: int) -> None:
+    step = make_step([(1, before) for before in (3, 90, 40, 0)], 2, 16, 16, torch.float32).to(DEVICE)
+    q = torch.randn(4, 4, 16, device=DEVICE)
+    TorchBackend().write_kv(step.fresh(step.keys), step.fresh(step.values), step.kv, step.batch)
+    results = []
+    for order in (None, torch.tensor([1, 2, 0, 3], dtype=torch.int32, device=DEVICE)):
+        out = q.new_full((4, 4 * 16), torch.nan)
+        attention_decode.decode_attention(q, step.kv, replace(step.batch, order=order), 0.25, out, splits=splits)
+        results.append(out)
+    assert torch.equal(*results) and not results[0].isnan().any()
+
+
+@pytest.mark.parametrize("splits", (1, 2))
+def test_a_prompt_row_without_tokens_is_passed_over(splits: int) -> None:
+    """As the padding of a recorded step has them: in front, between others and at the end."""
+    step = make_step([(5, 20), (17, 3)], 1, 16, 16, torch.float32).to(DEVICE)
+    q = torch.randn(22, 2, 16, device=DEVICE)
+    TorchBackend().write_kv(step.fresh(step.keys), step.fresh(step.values), step.kv, step.batch)
+    tables = step.batch.block_tables
+    starts = torch.tensor([0, 0, 5, 5, 22, 22, 22], dtype=torch.int32, device=DEVICE)
+    lens = torch.tensor([0, 25, 0, 20, 0, 0], dtype=torch.int32, device=DEVICE)
+    padded = replace(step.batch, query_start=starts, seq_lens=lens, block_tables=tables[[0, 0, 0, 1, 0, 0]])
+    results = []
+    for batch in (step.batch, padded):
+        out = q.new_full((22, 2 * 16), torch.nan)
+        attention_prefill.prefill_attention(q, step.kv, batch, 0.25, out, splits=splits)
+        results.append(out)
+    assert torch.equal(*results) and not results[0].isnan().any()
+    torch.testing.assert_close(TorchBackend().attention(q, step.kv, padded, 0.25), results[0], rtol=2e-5, atol=2e-5)
