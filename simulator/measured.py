@@ -25,7 +25,7 @@ class Observed:
 
     info: EngineInfo | None = None
     steps: list[MeasuredStep] = field(default_factory=list)
-    gaps: list[float] = field(default_factory=list)  # of each step: what it took beside its own time
+    gaps: list[float] = field(default_factory=list)  # of each step: what it took beside its own time, or less than it
     copied_blocks: int = 0  # between device and host, in all steps
     copy_seconds: float = 0.0
     times: list[float] = field(default_factory=list)  # of each step: when its result came
@@ -58,7 +58,7 @@ class Observed:
         return fitted(
             self.steps,
             name=name,
-            gap=sum(self.gaps) / len(self.gaps) if self.gaps else 0.0,
+            gap=max(sum(self.gaps) / len(self.gaps), 0.0) if self.gaps else 0.0,
             request=request,
             per_copy=self.copy_seconds / self.copied_blocks if self.copied_blocks else 0.0,
             **facts,
@@ -116,9 +116,9 @@ def observe(records: Iterable[Record]) -> Observed:
                     sent, counts = found
                     seen.steps.append(MeasuredStep(*counts, message.seconds))
                     seen.times.append(record.now)
-                    seen.gaps.append(
-                        max(record.now - max(sent, last_end) - message.seconds - message.copy_seconds, 0.0)
-                    )
+                    # A result that waited while the host launched the step behind it is late, and that step's is early
+                    # for it: its gap is below zero, and both together are right.
+                    seen.gaps.append(record.now - max(sent, last_end) - message.seconds - message.copy_seconds)
                 seen.copy_seconds += message.copy_seconds
                 last_end = record.now
         for name, content in record.outputs or ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from fast_inference.protocol.codec import encode
 from fast_inference.protocol.config import EngineConfig
 from fast_inference.protocol.errors import InvalidRequest
+from fast_inference.scheduler.core import EXECUTOR
 from fast_inference.scheduler.journal import Call, Header, Record, outputs_of
 from fast_inference.simulator import replica
 from fast_inference.simulator.costs import TERMS, Calibration
@@ -68,6 +70,15 @@ def test_a_journal_gives_back_the_costs_of_its_device(records: list[Record]) -> 
     assert found.gap == pytest.approx(DEVICE.gap, rel=1e-6)
     assert (found.num_blocks, found.max_model_len, found.request) == (60, 512, 0.25)
     assert len(seen.ends) == 60
+
+
+def test_results_that_were_seen_late_make_no_gap(records: list[Record]) -> None:
+    """As on a GPU: while the host launches a step, the result of the one before it waits, and the next is on time."""
+    late = [
+        replace(record, now=record.now + 0.01) if record.sender == EXECUTOR and place % 3 == 0 else record
+        for place, record in enumerate(records)
+    ]
+    assert observe(late).calibrated("late").gap == pytest.approx(DEVICE.gap, rel=0.01)
 
 
 def test_steps_of_requests_from_before_the_journal_are_left_out(records: list[Record]) -> None:
