@@ -261,7 +261,7 @@ class AsyncClient:
         elif isinstance(message, Accepted):
             request = self._live.get(message.key)
             if request is not None:
-                request.accept(message.prompt_token_ids.tolist())
+                request.accept(message.prompt_token_ids)
         elif isinstance(message, Refused):
             self._on_refused(message)
         elif isinstance(message, Stats):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..protocol.errors import EngineError, InvalidRequest, error_from_code
-from ..protocol.messages import Generate, StreamEnd, TopLogprobs
+from ..protocol.messages import Generate, Int32, StreamEnd, TopLogprobs
 from ..protocol.sampling import RequestOutputKind, SamplingParams
 from .logprobs import TokenLogprobs, prompt_positions
 from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -69,6 +69,7 @@ class ClientRequest:
         "_params",
         "_prompt",
         "_prompt_parts",
+        "_prompt_token_ids",
         "_waiter",
         "arrival",
         "changed",
@@ -77,7 +78,6 @@ class ClientRequest:
         "key",
         "last_end",
         "on_accepted",
-        "prompt_token_ids",
         "remaining",
         "request_id",
         "sequences",
@@ -87,7 +87,7 @@ class ClientRequest:
         self.key = key
         self.request_id = request_id
         self.arrival = arrival
-        self.prompt_token_ids: list[int] = []
+        self._prompt_token_ids: Int32 | list[int] = []  # an array until somebody wants to see them
         self.on_accepted: Callable[[], None] | None = None
         self.sequences = [SequenceState(i) for i in range(params.n)]
         self.remaining = params.n
@@ -102,9 +102,9 @@ class ClientRequest:
 
     # ---- what comes --------------------------------------------------------------------------------------------
 
-    def accept(self, prompt_token_ids: list[int]) -> None:
+    def accept(self, prompt_token_ids: Int32) -> None:
         """The engine has queued it."""
-        self.prompt_token_ids = prompt_token_ids
+        self._prompt_token_ids = prompt_token_ids
         if self.on_accepted is not None:
             self.on_accepted()
 
@@ -153,6 +153,13 @@ class ClientRequest:
     @property
     def finished(self) -> bool:
         return self.remaining == 0
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        ids = self._prompt_token_ids
+        if not isinstance(ids, list):
+            ids = self._prompt_token_ids = ids.tolist()
+        return ids
 
     async def next_output(self) -> RequestOutput:
         """Wait for news, or for the end where only that is wanted. Raises the request's `EngineError`."""

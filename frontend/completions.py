@@ -72,7 +72,7 @@ def _prompt_logprobs(body: CompletionBody) -> int | None:
 
 async def _tokenize(
     api: Api, body: CompletionBody, params: SamplingParams, info: EngineInfo
-) -> tuple[list[str | None], list[list[int]]]:
+) -> tuple[list[str | None], list[Sequence[int]]]:
     """Texts (None where ids were given and no text is needed) and token ids of the prompts."""
     given = split_prompts(body.prompt)
     if len(given) > MAX_SEQUENCES_PER_REQUEST:

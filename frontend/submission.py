@@ -26,7 +26,7 @@ class Request:
     prompt p."""
 
     request_id: str
-    prompts: Sequence[Sequence[int]]  # token ids
+    prompts: Sequence[Sequence[int]]  # token ids; an int32 array does for a list
     params: SamplingParams
     priority: int = 0
     client: str = ""
@@ -62,7 +62,7 @@ def check_request(request: Request, info: EngineInfo) -> None:
         )
 
 
-def shortened(ids: list[int], params: SamplingParams, info: EngineInfo) -> list[int]:
+def shortened(ids: Sequence[int], params: SamplingParams, info: EngineInfo) -> Sequence[int]:
     """The end of a prompt that `truncate_prompt_tokens` leaves; -1 leaves as much as `max_tokens` has room beside."""
     keep = params.truncate_prompt_tokens
     if keep is None:
@@ -76,7 +76,7 @@ def check_prompt(ids: Sequence[int], info: EngineInfo) -> None:
     """A prompt must hold at least one token, fit the context with room for one more, and be in the vocabulary."""
     if (error := too_long(len(ids), None, info.max_model_len)) is not None:
         raise error
-    low, high = min(ids), max(ids)
+    low, high = (int(ids.min()), int(ids.max())) if isinstance(ids, np.ndarray) else (min(ids), max(ids))
     if low < 0 or high >= info.vocab_size:
         wrong = low if low < 0 else high
         raise InvalidRequest(f"prompt token id must be in [0, {info.vocab_size}), got {wrong}", param="prompt")
