@@ -40,6 +40,7 @@ from .warmup import profile_peak, warm_up
 
 log = logging.getLogger(__name__)
 
+CPU_TOKENS, GPU_TOKENS = 2048, 8192  # of a step, where the settings leave it open
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
@@ -59,6 +60,7 @@ def start(config: EngineConfig, progress: Progress, live: torch.nn.Module | None
 
     clock = _Phases()
     device = choose_device(config, live)
+    config = config.replace(max_num_batched_tokens=most_tokens(config, device))
     threads = config.threads or usable_cores()
     if device.type == "cpu":
         torch.set_num_threads(threads)
@@ -105,6 +107,7 @@ def start(config: EngineConfig, progress: Progress, live: torch.nn.Module | None
         num_blocks=plan.num_blocks,
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=most_tokens(config, device),
         dtype=str(spec.dtype).removeprefix("torch."),
         device=str(device),
         num_host_blocks=swap_room,
@@ -148,6 +151,14 @@ def choose_device(config: EngineConfig, live: torch.nn.Module | None = None) -> 
             param="device",
         )
     return torch.device("cuda", index)
+
+
+def most_tokens(config: EngineConfig, device: torch.device) -> int:
+    """Tokens of a step: enough to keep a device busy, and no more, since everybody waits for the step's end."""
+    usual = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
+    if not config.enable_chunked_prefill:
+        usual = max(usual, config.max_model_len or 0)
+    return config.max_num_batched_tokens or usual
 
 
 def choose_backend(config: EngineConfig, device: torch.device) -> Backend:

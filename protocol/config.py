@@ -47,7 +47,7 @@ class EngineConfig:
     enforce_eager: bool = False  # GPU only: launch steps operation by operation, none as a recorded CUDA graph
 
     max_num_seqs: int = 256  # requests that run at a time
-    max_num_batched_tokens: int = 2048  # tokens computed in one step
+    max_num_batched_tokens: int | None = None  # tokens computed in one step; None: 2,048 on a CPU, 8,192 on a GPU
     enable_prefix_caching: bool = True  # keep KV blocks for later prompts that begin alike
     enable_chunked_prefill: bool = True  # split long prompts over several steps
     scheduling_policy: str = "fcfs"  # "priority", "memory-aware", "shortest-first", "fair", "deadline", or a plug-in's
@@ -151,9 +151,10 @@ def _check(c: EngineConfig) -> None:
         raise InvalidRequest(
             "preemption swap needs host memory: kv_offloading_size must be more than 0, got 0", param="preemption"
         )
-    if not c.enable_chunked_prefill and c.max_model_len is not None and c.max_num_batched_tokens < c.max_model_len:
+    tokens, length = c.max_num_batched_tokens, c.max_model_len
+    if not c.enable_chunked_prefill and length is not None and tokens is not None and tokens < length:
         raise InvalidRequest(
-            f"max_num_batched_tokens must be at least max_model_len ({c.max_model_len}) without chunked prefill, "
-            f"got {c.max_num_batched_tokens}",
+            f"max_num_batched_tokens must be at least max_model_len ({length}) without chunked prefill, "
+            f"got {tokens}",
             param="max_num_batched_tokens",
         )

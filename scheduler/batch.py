@@ -52,10 +52,11 @@ class InFlight:
 
 
 class Batch:
-    """The scheduler's half of the executor's persistent batch."""
+    """The scheduler's half of the executor's persistent batch. `most_tokens`: of a step."""
 
-    def __init__(self, info: EngineInfo, slots: int, first_step: int) -> None:
+    def __init__(self, info: EngineInfo, slots: int, first_step: int, most_tokens: int) -> None:
         self.block_size = info.block_size
+        self.most_tokens = most_tokens
         self.prefix = PrefixIndex()
         self.host = HostBlocks(info.num_host_blocks)
         self.pool = BlockPool(info.num_blocks, self.prefix)

@@ -181,10 +181,11 @@ class SchedulerCore:
                 self._preemptor.preempt(request.slot, now, by=None)
         self._info = info
         self.step_model.clear()  # it may be another device
-        self._limits = limits_of(info, None if config.enable_chunked_prefill else config.max_num_batched_tokens)
+        most_tokens = config.max_num_batched_tokens or info.max_num_batched_tokens
+        self._limits = limits_of(info, None if config.enable_chunked_prefill else most_tokens)
         first_step = 1 if lost is None else lost.last_sent + 1
         slots = min(config.max_num_seqs, info.max_num_seqs)
-        self.batch = Batch(info, slots, first_step)
+        self.batch = Batch(info, slots, first_step, most_tokens)
         self._swap = swap = Swap(config.preemption, info, self.step_model, self._rates)
         self._preemptor = Preemptor(
             self.batch,

@@ -142,7 +142,7 @@ class Deadline(Policy):
         """The least time in which `tokens` of prompts can be computed beside what runs."""
         table = batch.table
         rows = batch.num_running - len(batch.prefilling)
-        steps = -(-tokens // max(1, self.config.max_num_batched_tokens - rows))
+        steps = -(-tokens // max(1, batch.most_tokens - rows))
         context = int(table.computed.sum())
         first = self.steps.seconds(tokens, rows, context + tokens)
         further = self.steps.seconds(0, rows, context)

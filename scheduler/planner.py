@@ -78,7 +78,6 @@ class Planner:
         self._policy = policy
         self._preemptor = preemptor
         self._swap = swap
-        self._max_tokens = config.max_num_batched_tokens
         self._chunked = config.enable_chunked_prefill
         self._prefix_caching = config.enable_prefix_caching
         self._ones = np.ones(batch.table.slots, np.int32)
@@ -91,7 +90,7 @@ class Planner:
         """The next step, or None if nothing can be computed now. What it contains counts as sent."""
         needs = self._preemptor.make_room_for_waiting(now) if self._policy.eager and len(self._queue) else []
         preempted = self._totals.preemptions
-        draft = Draft(self._max_tokens)
+        draft = Draft(self._batch.most_tokens)
         table = self._batch.table
         ready = table.planned - table.computed == 1
         ready &= table.planned < table.limit  # what steps in flight will end by length is not run over
@@ -314,7 +313,7 @@ class Planner:
         self._totals.steps += 1
         self._totals.swapped_out_blocks += len(swaps.out_to)
         self._totals.swapped_in_blocks += len(swaps.in_to)
-        self._totals.scheduled_tokens += self._max_tokens - draft.budget
+        self._totals.scheduled_tokens += self._batch.most_tokens - draft.budget
         retire, batch.retiring = batch.retiring, []
         return Step(
             number=number,

@@ -81,6 +81,7 @@ class EngineInfo:
     device: str
     num_host_blocks: int = 0  # room in host memory for blocks that are swapped out
     block_bytes: int = 0  # keys and values of one block in all layers
+    max_num_batched_tokens: int = 2048  # tokens of a step, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,7 +108,9 @@ def test_a_gpus_plan_leaves_room_for_the_largest_step_the_recordings_and_the_bat
     }
     for name, double in doubles.items():
         monkeypatch.setattr(torch.cuda, name, double)
-    config = EngineConfig(model="tiny", max_num_seqs=4, gpu_memory_utilization=0.5, block_size=16)
+    config = EngineConfig(
+        model="tiny", max_num_seqs=4, max_num_batched_tokens=2048, gpu_memory_utilization=0.5, block_size=16
+    )
     model, transfer = TinyModel(), Transfer(torch.device("cpu"))
     with torch.inference_mode():
         plain = startup._gpu_budget(config, model, TorchBackend(), transfer, graphs=False)

@@ -12,7 +12,7 @@ import torch
 from fast_inference.executor import startup
 from fast_inference.executor.backends import check
 from fast_inference.executor.backends.base import KernelsUnavailable
-from fast_inference.executor.startup import choose_backend, choose_device, start
+from fast_inference.executor.startup import choose_backend, choose_device, most_tokens, start
 from fast_inference.protocol.config import EngineConfig
 from fast_inference.protocol.errors import StartupError
 from fast_inference.protocol.messages import Admit, Step
@@ -31,6 +31,13 @@ def test_a_device_that_is_not_there_is_refused(device: str) -> None:
 def test_a_live_module_is_served_where_it_is_unless_told_otherwise() -> None:
     assert choose_device(EngineConfig(), torch.nn.Linear(2, 2)) == torch.device("cpu")
     assert choose_device(EngineConfig(device="cpu"), torch.nn.Linear(2, 2, device="meta")) == torch.device("cpu")
+
+
+def test_a_step_holds_more_tokens_on_a_gpu_and_whole_prompts_where_none_are_cut() -> None:
+    gpu = torch.device("cuda", 0)
+    assert (most_tokens(EngineConfig(), CPU), most_tokens(EngineConfig(), gpu)) == (2048, 8192)
+    assert most_tokens(EngineConfig(max_num_batched_tokens=99), gpu) == 99
+    assert most_tokens(EngineConfig(enable_chunked_prefill=False, max_model_len=5000), CPU) == 5000
 
 
 def test_without_a_compiler_the_torch_backend_serves_and_the_reason_is_logged_once(

@@ -32,7 +32,7 @@ class Harness:
         self.info = info or make_info()
         self.config = EngineConfig(model="fake", **config)  # type: ignore[arg-type]
         self.core = SchedulerCore(self.config, rates)
-        self.device = FakeExecutor(self.info, self.config.max_num_batched_tokens)
+        self.device = FakeExecutor(self.info, self.config.max_num_batched_tokens or self.info.max_num_batched_tokens)
         self.now = 100.0
         self.queue: deque[Step] = deque()
         self.steps: list[Step] = []
@@ -48,7 +48,10 @@ class Harness:
 
     def replace_device(self, info: EngineInfo) -> None:
         """The executor died with all it was told, and a new one is ready."""
-        self.info, self.device = info, FakeExecutor(info, self.config.max_num_batched_tokens)
+        self.info, self.device = (
+            info,
+            FakeExecutor(info, self.config.max_num_batched_tokens or info.max_num_batched_tokens),
+        )
         self.queue.clear()
         self._tables.clear()
         self.handle(ExecutorReady(info=info), "executor")

@@ -121,6 +121,15 @@ def test_a_long_prompt_is_cut_into_chunks_beside_decoding_requests() -> None:
     assert harness.tokens[2] == said(2, 30, 2)
 
 
+def test_a_step_holds_as_many_tokens_as_the_executor_says_unless_the_settings_say_it() -> None:
+    for settings, expected in (({}, [24, 24, 12]), ({"max_num_batched_tokens": 40}, [40, 20])):
+        harness = Harness(info=make_info(max_num_batched_tokens=24), **settings)
+        harness.submit(1, list(range(60)), max_tokens=1)
+        harness.drain()
+        counts = [int(step.work_counts.sum()) for step in harness.steps]
+        assert counts == expected
+
+
 def test_without_chunked_prefill_a_prompt_goes_whole_or_not_at_all() -> None:
     harness = Harness(max_num_batched_tokens=32, enable_chunked_prefill=False)
     harness.submit(1, list(range(20)), max_tokens=3)
