@@ -154,7 +154,6 @@ def _check(c: EngineConfig) -> None:
     tokens, length = c.max_num_batched_tokens, c.max_model_len
     if not c.enable_chunked_prefill and length is not None and tokens is not None and tokens < length:
         raise InvalidRequest(
-            f"max_num_batched_tokens must be at least max_model_len ({length}) without chunked prefill, "
-            f"got {tokens}",
+            f"max_num_batched_tokens must be at least max_model_len ({length}) without chunked prefill, got {tokens}",
             param="max_num_batched_tokens",
         )
