@@ -54,4 +54,5 @@ class TritonLinear:
 
     def _plan(self, operation: Operation, x: Tensor) -> Plan | None:
         self.asked.add(operation)
-        return self._plans.get((operation, bucket(len(x)) or 0)) if self._plans and len(x) else None
+        rows = x.shape[0]
+        return self._plans.get((operation, bucket(rows) or 0)) if self._plans and rows else None

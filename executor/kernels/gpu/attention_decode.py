@@ -16,6 +16,7 @@ from ...backends.base import KVLayer, StepBatch
 from .attention_splits import choose_splits, make_parts, merge_parts, processors, store_part
 from .attention_tiles import Tile, absorb, load_rows, page_offsets, score_factors, soft_capped
 from .overlap import await_results, overlapped
+from .sizes import power_of_two
 
 PROGRAMS_PER_PROCESSOR = 2  # that are resident at a time: one begins while another is in full swing
 TILE_BYTES = 96 << 10  # of shared memory for keys and values under way
@@ -46,14 +47,14 @@ def decode_attention(
         tile = choose_tile(heads // kv_heads, head_size, q.element_size())
     if splits is None:
         # Rows are rounded up as the sizes of graphs are: a batch is cut as it is in the graph that it is padded for.
-        programs = triton.next_power_of_2(rows) * kv_heads
+        programs = power_of_two(rows) * kv_heads
         resident = PROGRAMS_PER_PROCESSOR * processors(q.device)
         splits = choose_splits(programs, resident, window or ANY_LENGTH, tile.keys)
     means, sizes = make_parts(out, rows, heads, splits)
     _decode[(rows, kv_heads, splits)](
         q, kv.keys, kv.values, batch.block_tables, batch.seq_lens, batch.order, means, sizes,
         factor, cap, window or 0, splits, batch.block_tables.stride(0), kv.keys.stride(0),
-        KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD=head_size, HEAD_PAD=triton.next_power_of_2(head_size),
+        KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD=head_size, HEAD_PAD=power_of_two(head_size),
         BLOCK_SIZE=block_size, ROWS=tile.rows, TILE=tile.keys, WINDOWED=bool(window), CAPPED=bool(soft_cap),
         SPLIT=splits > 1, num_warps=tile.warps, num_stages=tile.stages, **overlapped(),
     )  # fmt: skip
@@ -63,8 +64,8 @@ def decode_attention(
 
 def choose_tile(group: int, head_size: int, itemsize: int) -> Tile:
     """64 keys at a time, as many stages as shared memory has room for."""
-    rows = max(16, triton.next_power_of_2(group))
-    head_bytes = triton.next_power_of_2(head_size) * itemsize
+    rows = max(16, power_of_two(group))
+    head_bytes = power_of_two(head_size) * itemsize
     keys = 64 if head_bytes <= 512 else 32
     stages = max(2, min(3, TILE_BYTES // (2 * keys * head_bytes)))
     return Tile(rows, keys, 2 if rows == 16 else 4 if rows == 32 else 8, stages)

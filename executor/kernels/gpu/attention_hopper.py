@@ -14,7 +14,6 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,6 +25,7 @@ from .attention_hopper_feed import FIELDS, feed
 from .attention_hopper_rows import attend
 from .attention_splits import processors
 from .attention_tiles import score_factors
+from .sizes import power_of_two
 
 HEAD_SIZE = 128
 ROWS = 128  # of a tile of queries
@@ -48,7 +48,7 @@ def fits(q: Tensor, kv: KVLayer, window: int | None, soft_cap: float | None) -> 
     """Whether the kernel can attend with `q` [T, Hq, D] over `kv`, and well."""
     _, kv_heads, block_size, head_size = kv.keys.shape
     group = q.shape[1] // kv_heads
-    pack = triton.next_power_of_2(group)
+    pack = power_of_two(group)
     return (
         q.dtype in (torch.bfloat16, torch.float16)
         and head_size == HEAD_SIZE
@@ -63,7 +63,7 @@ def fits(q: Tensor, kv: KVLayer, window: int | None, soft_cap: float | None) -> 
 def pays(q: Tensor, kv: KVLayer, batch: StepBatch) -> bool:
     """Whether the step's prompts are so long, and so much work, that this is faster than `attention_prefill`."""
     kv_heads = kv.keys.shape[1]
-    per_tile = ROWS // triton.next_power_of_2(q.shape[1] // kv_heads)
+    per_tile = ROWS // power_of_two(q.shape[1] // kv_heads)
     tokens, rows = q.shape[0] - batch.num_decodes, batch.seq_lens.shape[0] - batch.num_decodes
     return tokens >= LEAST_TOKENS * rows and tokens // per_tile * kv_heads >= LEAST_ITEMS * processors(q.device)
 
@@ -76,7 +76,7 @@ def hopper_attention(q: Tensor, kv: KVLayer, batch: StepBatch, scale: float, out
     tokens, heads, head_size = q.shape
     num_blocks, kv_heads, block_size, _ = kv.keys.shape
     group = heads // kv_heads
-    pack = triton.next_power_of_2(group)
+    pack = power_of_two(group)
     factor, _ = score_factors(scale, None)
     first, rows = batch.num_decodes, batch.seq_lens.shape[0]
     most_tiles = (tokens - first) // (ROWS // pack) + rows - first  # as `attention_prefill.first_tile` counts them

@@ -18,6 +18,7 @@ from torch import Tensor
 from ...backends.base import KVLayer, StepBatch
 from .attention_splits import choose_splits, make_parts, merge_parts, processors, store_part
 from .attention_tiles import Tile, absorb, load_rows, page_offsets, score_factors, soft_capped
+from .sizes import power_of_two
 
 PROGRAMS_PER_PROCESSOR = 2  # that are resident at a time
 LEAST_KEYS = 512  # of a part
@@ -56,7 +57,7 @@ def prefill_attention(
     _prefill[(most_tiles, kv_heads, splits)](
         q, kv.keys, kv.values, batch.block_tables, batch.query_start, batch.seq_lens, means, sizes,
         factor, cap, window or 0, splits, first, rows, batch.block_tables.stride(0), kv.keys.stride(0),
-        KV_HEADS=kv_heads, GROUP=group, HEAD=head_size, HEAD_PAD=triton.next_power_of_2(head_size),
+        KV_HEADS=kv_heads, GROUP=group, HEAD=head_size, HEAD_PAD=power_of_two(head_size),
         BLOCK_SIZE=block_size, ROWS=tile.rows, TILE=tile.keys, WINDOWED=bool(window), CAPPED=bool(soft_cap),
         SPLIT=splits > 1, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -66,8 +67,8 @@ def prefill_attention(
 
 def choose_tile(group: int, head_size: int, itemsize: int) -> Tile:
     """As large as registers and shared memory allow; at least one token's group of heads."""
-    head_pad = triton.next_power_of_2(head_size)
-    least = triton.next_power_of_2(group)
+    head_pad = power_of_two(head_size)
+    least = power_of_two(group)
     if itemsize > 2:  # float32 is multiplied outside the matrix units
         return Tile(max(32 if head_pad > 128 else 64, least), 32, 8, 2)
     return Tile(max(128, least), 64, 8, 2 if head_pad > 128 else 3)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .overlap import await_results, overlapped
+from .sizes import power_of_two
 
 MAX_SPLITS = 64  # a power of two: the merge is compiled for it, and serves all numbers up to it
 AT_ONCE = 8  # parts that the merge reads at a time: mostly there are no more
@@ -50,7 +51,7 @@ def merge_parts(means: Tensor, sizes: Tensor, out: Tensor) -> None:
     tokens, heads, splits, head_size = means.shape
     _merge[(tokens * heads,)](
         means, sizes, out, splits,
-        HEAD=head_size, HEAD_PAD=triton.next_power_of_2(head_size), SPLITS_PAD=MAX_SPLITS, AT_ONCE=AT_ONCE,
+        HEAD=head_size, HEAD_PAD=power_of_two(head_size), SPLITS_PAD=MAX_SPLITS, AT_ONCE=AT_ONCE,
         **overlapped(),
     )  # fmt: skip
 

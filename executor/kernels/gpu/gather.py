@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import tiles_of
+
 TABLE_TILE = 1024  # entries of a block table that one program copies
 AT_ONCE = 256  # rows whose lengths are compared together
 
@@ -30,7 +32,7 @@ def gather(
     seq_lens = torch.empty(count, dtype=torch.int32, device=slots.device)
     order = torch.empty_like(seq_lens)
     if count:
-        _gather[(count, triton.cdiv(width, TABLE_TILE))](
+        _gather[(count, tiles_of(width, TABLE_TILE))](
             slots, token_ids, lengths, block_tables, rows, tables, seq_lens, order,
             token_ids.stride(0), block_tables.stride(0), width, block_size, TILE=TABLE_TILE, AT_ONCE=AT_ONCE,
             num_warps=4,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .overlap import await_results, overlapped
+from .sizes import tiles_of
 
 GROUP = 256  # as in executor/sampler.py: part of what a seed means
 PASS_TILE = 8  # groups of one program
@@ -29,11 +30,11 @@ def survey(
     without `temperature` there are none.
     """
     count, vocab = len(logits) if rows is None else len(rows), logits.shape[1]
-    groups = triton.cdiv(vocab, GROUP)
-    width = triton.cdiv(groups, ALIGNED) * ALIGNED
+    groups = tiles_of(vocab, GROUP)
+    width = tiles_of(groups, ALIGNED) * ALIGNED
     peaks = torch.empty((count, width), dtype=torch.float32, device=logits.device)
     masses = None if temperature is None else torch.empty_like(peaks)
-    _survey[(triton.cdiv(groups, PASS_TILE), count)](
+    _survey[(tiles_of(groups, PASS_TILE), count)](
         logits, rows, temperature, columns, peaks, masses, vocab, groups, logits.stride(0), width,
         GROUP=GROUP, TILE=PASS_TILE, num_warps=4 if masses is None else 2, **overlapped(),
     )  # fmt: skip

@@ -19,6 +19,7 @@ from .linear_plan import Plan
 from .norm import scaled, warps_for
 from .overlap import await_results, overlapped
 from .silu import gated
+from .sizes import power_of_two, tiles_of
 
 FINISH_TILE = 1024
 
@@ -33,7 +34,7 @@ def multiply(
         return out
     rows, size = out.shape
     parts = _parts(x, weight, plan)
-    _finish[(rows, triton.cdiv(size, FINISH_TILE))](
+    _finish[(rows, tiles_of(size, FINISH_TILE))](
         parts, bias, residual, out, rows, size, SPLITS=plan.splits, BIAS=bias is not None,
         RESIDUAL=residual is not None, TILE=FINISH_TILE, num_warps=4, **overlapped(),
     )  # fmt: skip
@@ -57,7 +58,7 @@ def multiply_add_norm(
     residual = residual.contiguous()
     normed, total = torch.empty_like(residual), torch.empty_like(residual)
     rows, size = total.shape
-    block = triton.next_power_of_2(size)
+    block = power_of_two(size)
     _finish_norm[(rows,)](
         parts, bias, residual, norm, normed, total, rows, size, eps, SPLITS=plan.splits, BIAS=bias is not None,
         BLOCK=block, num_warps=warps_for(block), **overlapped(),
@@ -90,8 +91,8 @@ def _launch(
         return
     rows, width = x.shape
     size = out.shape[-1]
-    row_tiles, out_tiles = triton.cdiv(rows, plan.rows), triton.cdiv(size, plan.outs)
-    steps = triton.cdiv(triton.cdiv(width, plan.ins), plan.splits)
+    row_tiles, out_tiles = tiles_of(rows, plan.rows), tiles_of(size, plan.outs)
+    steps = tiles_of(tiles_of(width, plan.ins), plan.splits)
     _product[(row_tiles * out_tiles, plan.splits)](
         x, weight, bias, residual, out,
         rows, size, width, row_tiles, steps,

@@ -11,7 +11,6 @@ bfloat16 and float16; sums in float32. Written in Gluon, which has no interprete
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,6 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .linear_plan import Plan
 from .overlap import overlapped
+from .sizes import tiles_of
 
 # By the names that these have now, else by those that they had in Triton 3.6.
 copy_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -40,8 +40,8 @@ def launch_hopper(
     """`out` [T, out] or, of parts of sums, [splits, T, out]: the tiles of `plan`, each by one program."""
     rows, width = x.shape
     size = out.shape[-1]
-    row_tiles, out_tiles = triton.cdiv(rows, plan.rows), triton.cdiv(size, plan.outs)
-    steps = triton.cdiv(triton.cdiv(width, plan.ins), plan.splits)
+    row_tiles, out_tiles = tiles_of(rows, plan.rows), tiles_of(size, plan.outs)
+    steps = tiles_of(tiles_of(width, plan.ins), plan.splits)
     element = ELEMENTS[x.dtype]
     weights_layout = gl.NVMMASharedLayout.get_default_for([plan.outs, plan.ins], element)
     inputs_layout = gl.NVMMASharedLayout.get_default_for([plan.rows, plan.ins], element)

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ import triton
 
 from ....protocol.endpoints import home
 from .linear_plan import Plan
+from .sizes import power_of_two
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,8 @@ class Product:
 
 def bucket(rows: int) -> int | None:
     """The measured number of rows that stands for `rows`; None for more than any."""
-    return next((size for size in BUCKETS if rows <= size), None)
+    place = bisect_left(BUCKETS, rows)
+    return BUCKETS[place] if place < len(BUCKETS) else None
 
 
 def candidates(product: Product, processors: int, hopper: bool) -> list[Plan]:
@@ -60,7 +63,7 @@ def candidates(product: Product, processors: int, hopper: bool) -> list[Plan]:
 def _tiled(product: Product, width: int, gate: bool, processors: int) -> Iterator[Plan]:
     """For the kernel whose tiles come by the copy engine: a program fills a processor's memory with what is under way,
     so one of the next kernel begins there when it ends. On an H200 no other tiles were faster by more than 3 %."""
-    row_tile, halves = max(16, _power_of_two(product.rows)), 2 if gate else 1
+    row_tile, halves = max(16, power_of_two(product.rows)), 2 if gate else 1
     ins = 128 if row_tile <= 64 else 64
     for rows, outs in itertools.product(sorted({row_tile, min(row_tile, 128)}), (64, 128)):
         if outs * rows > 128 * 128 or ins > product.ins:  # registers have no room for more sums
@@ -80,7 +83,7 @@ def _splits(programs: int, most: int, processors: int) -> list[int]:
 
 def _pointed(product: Product, width: int, gate: bool, processors: int) -> Iterator[Plan]:
     """For the kernel that every GPU can run."""
-    rows = max(16, min(_power_of_two(product.rows), 128))
+    rows = max(16, min(power_of_two(product.rows), 128))
     for outs, ins in itertools.product((32, 64, 128), (64, 128)):
         stages = min(6, (160 << 10) // (((2 if gate else 1) * outs + rows) * ins * 2))
         programs = -(-product.rows // rows) * -(-width // outs)
@@ -90,10 +93,6 @@ def _pointed(product: Product, width: int, gate: bool, processors: int) -> Itera
         for splits in (1,) if gate else (1, 2, 4, 8):
             if splits == 1 or (product.ins // splits >= 4 * ins and programs * splits <= 4 * processors):
                 yield Plan(rows, outs, ins, splits, stages, warps)
-
-
-def _power_of_two(rows: int) -> int:
-    return 1 << (rows - 1).bit_length()
 
 
 def fastest(seconds: Mapping[Plan | None, float]) -> Plan | None:

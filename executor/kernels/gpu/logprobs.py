@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import power_of_two, tiles_of
+
 TILE = 4096  # logits of one program
 
 
@@ -20,7 +22,7 @@ def chosen_logprobs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Ten
     own, normalizer = torch.empty((2, rows), dtype=torch.float32, device=logits.device)
     ranks = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows:
-        tiles = triton.cdiv(vocab, TILE)
+        tiles = tiles_of(vocab, TILE)
         largest, sums = torch.empty((2, rows, tiles), dtype=torch.float32, device=logits.device)
         likelier = torch.empty((rows, tiles), dtype=torch.int32, device=logits.device)
         _tile_sums[(rows, tiles)](
@@ -28,7 +30,7 @@ def chosen_logprobs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Ten
         )
         _merge_sums[(rows,)](
             logits, tokens, largest, sums, likelier, own, ranks, normalizer, tiles, logits.stride(0),
-            PAD=triton.next_power_of_2(tiles), num_warps=1,
+            PAD=power_of_two(tiles), num_warps=1,
         )  # fmt: skip
     return own, ranks, normalizer
 

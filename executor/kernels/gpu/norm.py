@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .overlap import await_results, overlapped
+from .sizes import power_of_two
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -20,7 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     size = x.shape[-1]
     out = torch.empty_like(x)
     if rows := x.numel() // size:
-        block = triton.next_power_of_2(size)
+        block = power_of_two(size)
         _rms_norm[(rows,)](x, weight, out, size, eps, BLOCK=block, num_warps=warps_for(block), **overlapped())
     return out
 
@@ -34,7 +35,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     size = x.shape[-1]
     normed, total = torch.empty_like(x), torch.empty_like(x)
     if rows := x.numel() // size:
-        block = triton.next_power_of_2(size)
+        block = power_of_two(size)
         _add_rms_norm[(rows,)](
             x, residual, weight, normed, total, size, eps, BLOCK=block, num_warps=warps_for(block), **overlapped()
         )

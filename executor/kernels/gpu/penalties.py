@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import tiles_of
+
 HISTORY_TILE = 1024
 VOCAB_TILE = 4096
 SEEN = tl.constexpr(1 << 30)  # in a count: the token occurs at all, be it in the prompt
@@ -35,10 +37,10 @@ def penalize(
     if not count:
         return
     counts = torch.zeros((count, vocab), dtype=torch.int32, device=logits.device)
-    _count[(count, max(1, triton.cdiv(longest, HISTORY_TILE)))](
+    _count[(count, max(1, tiles_of(longest, HISTORY_TILE)))](
         counts, token_ids, slots, lengths, num_prompt, vocab, token_ids.stride(0), TILE=HISTORY_TILE, num_warps=4
     )
-    _penalize[(count, triton.cdiv(vocab, VOCAB_TILE))](
+    _penalize[(count, tiles_of(vocab, VOCAB_TILE))](
         logits, counts, rows, presence, frequency, repetition, vocab, logits.stride(0), TILE=VOCAB_TILE, num_warps=4
     )
 
@@ -47,7 +49,7 @@ def add_bias(logits: Tensor, rows: Tensor, tokens: Tensor, values: Tensor) -> No
     """Add `values[i]` at (`rows[i]`, `tokens[i]`) of `logits` [R, V] float32; [N] each, a pair comes at most once."""
     count = len(rows)
     if count:
-        _add_bias[(triton.cdiv(count, BIAS_TILE),)](
+        _add_bias[(tiles_of(count, BIAS_TILE),)](
             logits, rows, tokens, values, count, logits.stride(0), TILE=BIAS_TILE, num_warps=4
         )
 

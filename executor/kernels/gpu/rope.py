@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .overlap import await_results, overlapped
+from .sizes import power_of_two, tiles_of
 
 HEAD_TILE = 8
 
@@ -37,7 +38,7 @@ def rope_and_cache(
     qkv, cos_sin = qkv.contiguous(), cos_sin.contiguous()
     q = torch.empty((tokens, heads, size), dtype=qkv.dtype, device=qkv.device)
     if tokens:
-        _rope_and_cache[(tokens, triton.cdiv(heads + 2 * kv_heads, HEAD_TILE))](
+        _rope_and_cache[(tokens, tiles_of(heads + 2 * kv_heads, HEAD_TILE))](
             qkv,
             cos_sin,
             positions,
@@ -54,7 +55,7 @@ def rope_and_cache(
             *values.stride()[:3],
             eps,
             HALF=size // 2,
-            HALF_PAD=triton.next_power_of_2(size // 2),
+            HALF_PAD=power_of_two(size // 2),
             HEAD_TILE=HEAD_TILE,
             Q_NORM=q_norm is not None,
             K_NORM=k_norm is not None,
@@ -79,7 +80,7 @@ def write_kv(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slot_mapping: T
             *keys.stride()[:3],
             *values.stride()[:3],
             SIZE=size,
-            PAD=triton.next_power_of_2(size),
+            PAD=power_of_two(size),
             num_warps=1,
             **overlapped(),
         )

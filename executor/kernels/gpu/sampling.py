@@ -20,6 +20,7 @@ from .groups import GROUP, first_largest, largest_token, list_groups, load_group
 from .noise import gumbel, noisy_log, stream_key
 from .overlap import await_results, overlapped
 from .search import LISTED, SEARCH_TILE, least_kept
+from .sizes import power_of_two, tiles_of
 
 AMOUNTS = 512  # groups whose noise is computed together
 
@@ -87,10 +88,10 @@ def _take_best(logits: Tensor, best: Tensor, tokens: Tensor, slots: _Slots | Non
     rows, vocab = logits.shape
     if rows:
         peaks, _ = survey(logits, None, None, None)
-        groups = triton.cdiv(vocab, GROUP)
+        groups = tiles_of(vocab, GROUP)
         _best_of_row[(rows,)](
             logits, peaks, best, tokens, *_where(slots), vocab, groups, logits.stride(0), peaks.stride(0),
-            GROUP=GROUP, PAD=triton.next_power_of_2(groups), num_warps=4, **overlapped(),
+            GROUP=GROUP, PAD=power_of_two(groups), num_warps=4, **overlapped(),
         )  # fmt: skip
 
 
@@ -102,10 +103,10 @@ def _draw(
     if not count:
         return
     peaks, masses = survey(logits, rows, columns.temperature, None if slots is None else slots.number)
-    groups = triton.cdiv(vocab, GROUP)
+    groups = tiles_of(vocab, GROUP)
     order = torch.empty((count, groups), dtype=torch.int32, device=logits.device)
     listed = torch.empty((count, LISTED), dtype=torch.float32, device=logits.device)
-    pad = max(2, triton.next_power_of_2(groups))
+    pad = max(2, power_of_two(groups))
     _draw_of_row[(count,)](
         logits, peaks, masses, best, tokens, rows, *columns, *_where(slots), order, listed,
         vocab, groups, logits.stride(0), peaks.stride(0),

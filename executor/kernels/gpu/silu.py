@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .overlap import await_results, overlapped
+from .sizes import tiles_of
 
 BLOCK = 1024
 
@@ -21,7 +22,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     rows, width = gate_up.shape
     out = torch.empty((rows, width // 2), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
-        grid = rows, triton.cdiv(width // 2, BLOCK)
+        grid = rows, tiles_of(width // 2, BLOCK)
         _silu_mul[grid](gate_up, out, width // 2, BLOCK=BLOCK, num_warps=4, **overlapped())
     return out
 
