@@ -58,18 +58,18 @@ class MeasuredStep:
     seconds: float
 
 
-# Derived, not fitted: from figures of runs of Llama-3-8B in bf16 on one H200 (4.16 ms a step with 1 row, about 6.5 ms
-# with 32, about 26 ms with 256 rows of 600 tokens; prompts alone 40,776 tokens/s in steps of 2,048). 110 GB are left
-# for keys and values of 128 KiB a token; copies to the host are taken to run at 50 GB/s.
+# Derived from figures of this engine with llama-8b's shape in bf16 on one H200 (docs/performance.md): 3.95 ms a step
+# with one row of 560 tokens, 4.78 with 32, 7.03 with 128, 11.55 with 256; prompts alone 41,604 tokens/s. 110 GB are left
+# for keys and values of 128 KiB a token, which are read at 4.1 TB/s; copies to the host are taken to run at 50 GB/s.
 H200_LLAMA_8B = Calibration(
     name="h200-llama-8b",
-    base=4.08e-3,
-    per_token=22.5e-6,
-    per_row=75e-6,
-    per_context=18e-9,
+    base=3.9e-3,
+    per_token=23e-6,
+    per_row=11e-6,
+    per_context=32e-9,
     per_copy=42e-6,
-    gap=0.1e-3,
-    request=2e-3,
+    gap=0.01e-3,
+    request=3.5e-3,
     num_blocks=52_000,
     block_bytes=2**21,
     max_model_len=32_768,
