@@ -59,8 +59,8 @@ class MeasuredStep:
 
 
 # Derived from figures of this engine with llama-8b's shape in bf16 on one H200 (docs/performance.md): 3.95 ms a step
-# with one row of 560 tokens, 4.78 with 32, 7.03 with 128, 11.55 with 256; prompts alone 41,604 tokens/s. Keys and values
-# have 110 GB, 128 KiB a token, read at 4.1 TB/s; copies to the host are taken to run at 50 GB/s.
+# with one row of 560 tokens, 4.78 with 32, 7.03 with 128, 11.55 with 256; prompts alone 41,604 tokens/s. Keys and
+# values have 110 GB, 128 KiB a token, read at 4.1 TB/s; copies to the host are taken to run at 50 GB/s.
 H200_LLAMA_8B = Calibration(
     name="h200-llama-8b",
     base=3.9e-3,
