@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from weakref import WeakSet
@@ -73,12 +74,14 @@ class TritonBackend(TorchBackend):
             return torch.tensor(values, dtype=torch.int32, device=q.device)
 
         tables, places = torch.zeros((2, 1), dtype=torch.int32, device=q.device), ints(0, 1).long()
-        rows = StepBatch(places, places, tables, ints(0, 1, 2), ints(1, 2), 2, 1, 2)
+        eager = StepBatch(places, places, tables, ints(0, 1, 2), ints(1, 2), 2, 1, 2)
+        recorded = replace(eager, order=ints(0, 1))
         prompt = StepBatch(places, places, tables[:1], ints(0, 2), ints(2), 0, 2, 2)
         calls: list[Callable[[], object]] = []
         for splits in (1, 2):
             calls += (
-                partial(decode_attention, q, kv, rows, 1.0, out, splits=splits),
+                partial(decode_attention, q, kv, eager, 1.0, out, splits=splits),
+                partial(decode_attention, q, kv, recorded, 1.0, out, splits=splits),
                 partial(prefill_attention, q, kv, prompt, 1.0, out, splits=splits),
             )
         if is_hopper(q.device) and fits(q, kv, None, None):

@@ -38,6 +38,8 @@ for head_size, window, soft_cap in ((128, None, None), (64, 100, 30.0)):
     TritonBackend().attention(q, kv, batch, 0.1, window, soft_cap)
     if head_size == 128:
         hopper_attention(q, kv, batch, 0.1, q.flatten(1))
+        for call in TritonBackend().compile_calls(8, kv):
+            call()
 for name, variants in compiled.items():
     assert all(kernel.metadata.shared <= SHARED_MEMORY and kernel.asm["cubin"] for kernel in variants), name
     print(name, len(variants))
@@ -52,6 +54,7 @@ def test_the_kernels_compile_for_hopper_and_fit_into_its_shared_memory() -> None
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert set(done.stdout.split()) > {"_decode", "_hopper_prefill", "_merge", "_prefill"}
+    assert done.stdout.splitlines()[0] == "_decode 5"  # windowed, and with and without an order, whole and in parts
 
 
 @pytest.fixture
