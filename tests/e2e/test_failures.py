@@ -3,7 +3,9 @@
 import os
 import signal
 import socket
+import tempfile
 import time
+from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -97,7 +99,15 @@ def test_a_stop_while_starting_leaves_nothing(tiny_folder: str) -> None:
         assert "Traceback" not in "\n".join(engine.lines)
 
 
-def test_a_killed_supervisor_leaves_no_process(tiny_folder: str) -> None:
+@pytest.fixture
+def own_runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run directories apart from other engines', each of which removes at its start what dead ones have left."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+        yield
+
+
+def test_a_killed_supervisor_leaves_no_process(tiny_folder: str, own_runtime: None) -> None:
     with EngineProcess(tiny_folder, "--num-blocks", "64") as engine:
         engine.wait_for("executor: importing torch")
         actors = engine.actors()
