@@ -69,7 +69,10 @@ class Linear(Protocol):
 
 
 class Backend(Protocol):
-    """The operations of a decoder step. No call synchronises the device or loops in Python over requests."""
+    """The operations of a decoder step. No call synchronises the device or loops in Python over requests.
+
+    What has a body is how a backend does it that has nothing better; so backends name this as their base.
+    """
 
     name: str
     # No operation asks the device anything, and attention's cost follows `seq_lens`, however large `max_seq_len` is: a
@@ -79,10 +82,12 @@ class Backend(Protocol):
     def tune(self, most_rows: int) -> Iterator[Piece]:
         """Measure what is to be measured here for steps of up to `most_rows` rows, once a first step has been run. That
         is done piece by piece, with steps in between, and may change how an operation is done, not its meaning."""
+        return iter(())
 
     def compile_calls(self, heads: int, kv: KVLayer) -> list[Callable[[], object]]:
         """Calls that have the kernels compiled with which `heads` query heads attend over pages like `kv`. They may be
         made side by side; what is in the pages does not matter, and is not changed."""
+        return []
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """Pack `weight` [out, in] (and `bias` [out]); the caller drops its own reference afterwards."""
@@ -125,8 +130,11 @@ class Backend(Protocol):
 
     def linear_silu_mul(self, linear: Linear, x: Tensor) -> Tensor:
         """`silu_mul(linear(x))`: one operation, so that a backend may do both at once."""
+        return self.silu_mul(linear(x))
 
     def linear_add_norm(
         self, linear: Linear, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         """`linear(x, residual)` in the residual's dtype, and its `rms_norm`: (norm, sum), both [T, out]."""
+        total = linear(x, residual)
+        return self.rms_norm(total, weight, eps), total

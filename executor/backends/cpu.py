@@ -11,7 +11,7 @@ weights of bfloat16 attention, which are rounded before they meet the values.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from ctypes import c_float, c_int, c_long, c_void_p
 from typing import cast
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..kernels.cpu.build import load
 from ..kernels.cpu.pack import pack_bias, pack_weight
-from .base import KVLayer, Linear, Piece, StepBatch
+from .base import Backend, KVLayer, Linear, StepBatch
 
 STEP_DTYPES = (torch.int64, torch.int64, torch.int32, torch.int32, torch.int32)  # in the order of _StepBatch
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -115,7 +115,7 @@ class CpuLinear:
         return out
 
 
-class CpuBackend:
+class CpuBackend(Backend):
     """`Backend` by C kernels. Raises `KernelsUnavailable` where they cannot be built."""
 
     name = "cpu"
@@ -126,14 +126,6 @@ class CpuBackend:
         self._kernels = {dtype: _Kernels(library, suffix) for dtype, suffix in SUFFIXES.items()}
         self._batch: StepBatch | None = None
         self._batch_struct = _StepBatch()
-
-    def tune(self, most_rows: int) -> Iterator[Piece]:
-        """Nothing: there is one way of doing each operation."""
-        return iter(())
-
-    def compile_calls(self, heads: int, kv: KVLayer) -> list[Callable[[], object]]:
-        """None: the kernels are there."""
-        return []
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return CpuLinear(self._of(weight), weight, bias)
@@ -153,15 +145,6 @@ class CpuBackend:
         out = torch.empty((rows, width // 2), dtype=gate_up.dtype)
         self._of(gate_up).silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, width // 2)
         return out
-
-    def linear_silu_mul(self, linear: Linear, x: Tensor) -> Tensor:
-        return self.silu_mul(linear(x))
-
-    def linear_add_norm(
-        self, linear: Linear, x: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        total = linear(x, residual)
-        return self.rms_norm(total, weight, eps), total
 
     def rope_and_cache(
         self,

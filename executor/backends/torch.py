@@ -6,13 +6,11 @@ decode has no Python loop over requests. Norms, rotation and softmax are compute
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .base import KVLayer, Linear, Piece, StepBatch
+from .base import Backend, KVLayer, Linear, StepBatch
 
 MAX_SCORES = 1 << 25  # float32 scores held at a time while a prompt is attended: 128 MB
 
@@ -49,7 +47,7 @@ class TorchLinear:
         return functional.linear(x.to(out_dtype), self._wide_weight)
 
 
-class TorchBackend:
+class TorchBackend(Backend):
     """`Backend` in plain torch."""
 
     name = "torch"
@@ -58,14 +56,6 @@ class TorchBackend:
     def __init__(self) -> None:
         self._batch: StepBatch | None = None
         self._bounds: list[tuple[int, int, int]] = []
-
-    def tune(self, most_rows: int) -> Iterator[Piece]:
-        """Nothing: there is one way of doing each operation."""
-        return iter(())
-
-    def compile_calls(self, heads: int, kv: KVLayer) -> list[Callable[[], object]]:
-        """None: torch has compiled its own."""
-        return []
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return TorchLinear(weight, bias)
@@ -78,15 +68,6 @@ class TorchBackend:
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = _wide(gate_up).chunk(2, -1)
         return (functional.silu(gate) * up).to(gate_up.dtype)
-
-    def linear_silu_mul(self, linear: Linear, x: Tensor) -> Tensor:
-        return self.silu_mul(linear(x))
-
-    def linear_add_norm(
-        self, linear: Linear, x: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        total = linear(x, residual)
-        return self.rms_norm(total, weight, eps), total
 
     def rope_and_cache(
         self,
