@@ -100,19 +100,7 @@ def start(config: EngineConfig, progress: Progress, live: torch.nn.Module | None
         gc.collect()
         gc.freeze()
     spec = model.spec
-    info = EngineInfo(
-        model=config.model_name,
-        max_model_len=plan.max_model_len,
-        vocab_size=spec.vocab_size,
-        num_blocks=plan.num_blocks,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=most_tokens(config, device),
-        dtype=str(spec.dtype).removeprefix("torch."),
-        device=str(device),
-        num_host_blocks=swap_room,
-        block_bytes=plan.block_bytes,
-    )
+    info = _info_of(config, spec, plan, device, swap_room)
     facts: dict[str, str | int | float] = {
         "architecture": spec.architecture,
         "device": str(device),
@@ -127,6 +115,23 @@ def start(config: EngineConfig, progress: Progress, live: torch.nn.Module | None
         **clock.seconds,
     }
     return Engine(runner, info, facts, depth=1 if device.type == "cpu" else config.run_ahead)
+
+
+def _info_of(config: EngineConfig, spec: ModelSpec, plan: KVPlan, device: torch.device, swap_room: int) -> EngineInfo:
+    """What the others are told of the engine."""
+    return EngineInfo(
+        model=config.model_name,
+        max_model_len=plan.max_model_len,
+        vocab_size=spec.vocab_size,
+        num_blocks=plan.num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        dtype=str(spec.dtype).removeprefix("torch."),
+        device=str(device),
+        num_host_blocks=swap_room,
+        block_bytes=plan.block_bytes,
+    )
 
 
 def choose_device(config: EngineConfig, live: torch.nn.Module | None = None) -> torch.device:
