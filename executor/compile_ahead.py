@@ -8,7 +8,6 @@ fail again where it is wanted, and is dealt with there.
 from __future__ import annotations
 
 import logging
-import subprocess
 from collections.abc import Callable
 from functools import partial
 
@@ -53,9 +52,9 @@ def _choices(tensors: SlotTensors, vocab_size: int) -> list[Callable[[], object]
 
 
 def _tried(call: Callable[[], object]) -> None:
-    from triton.errors import TritonError
+    from .kernels.gpu.failures import LAUNCH_FAILURES
 
     try:
         call()
-    except (TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+    except LAUNCH_FAILURES as error:
         log.debug("a kernel can't be compiled ahead: %s: %s", type(error).__name__, error)

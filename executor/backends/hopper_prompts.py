@@ -7,20 +7,18 @@ Owns that choice and the trial before it: the first time that a model's shapes a
 from __future__ import annotations
 
 import logging
-import subprocess
 
 import torch
 from torch import Tensor
-from triton.errors import TritonError
 
 from ..kernels.gpu.attention_hopper import fits, hopper_attention, is_hopper, pays
 from ..kernels.gpu.attention_prefill import prefill_attention
+from ..kernels.gpu.failures import LAUNCH_FAILURES
 from .base import KVLayer, StepBatch
 from .check import TOLERANCE, relative_difference
 
 log = logging.getLogger(__name__)
 
-FAILURES = (TritonError, RuntimeError, OSError, subprocess.SubprocessError)  # of a compiler, or of a launch
 MOST_COMPARED = 256  # tokens
 
 
@@ -50,7 +48,7 @@ def _agrees(q: Tensor, kv: KVLayer, batch: StepBatch, scale: float) -> bool:
     prefill_attention(q, kv, batch, scale, expected)
     try:
         hopper_attention(q, kv, batch, scale, actual)
-    except FAILURES as error:
+    except LAUNCH_FAILURES as error:
         log.warning("prompts are attended by the slower kernel: %s: %s", type(error).__name__, error)
         return False
     some = slice(batch.num_decodes, None, max(1, q.shape[0] // MOST_COMPARED))

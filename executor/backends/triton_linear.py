@@ -36,19 +36,34 @@ class TritonLinear:
             self._plans = table.plans_of(self.out_features, self.in_features, self.weight.dtype)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
-        if (plan := self._plan("linear", x)) is None:
-            return self._torch(x, residual, out_dtype)
-        return multiply(x, self.weight, self.bias, residual, out_dtype or x.dtype, plan)
+        return self.multiply(self._plan("linear", x), x, residual, out_dtype)
 
     def silu_mul(self, x: Tensor) -> Tensor:
         """`silu_mul` of the product."""
-        if (plan := self._plan("linear_silu_mul", x)) is None:
-            return silu_mul(self._torch(x))
-        return multiply_silu_mul(x, self.weight, self.bias, plan)
+        return self.multiply_silu_mul(self._plan("linear_silu_mul", x), x)
 
     def add_norm(self, x: Tensor, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """(norm, sum) as of `Backend.linear_add_norm`."""
-        if (plan := self._plan("linear_add_norm", x)) is None:
+        return self.multiply_add_norm(self._plan("linear_add_norm", x), x, residual, norm, eps)
+
+    # ---- the same by a given plan; None is cuBLAS with the kernel of what follows ---------------------------------
+
+    def multiply(
+        self, plan: Plan | None, x: Tensor, residual: Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        if plan is None:
+            return self._torch(x, residual, out_dtype)
+        return multiply(x, self.weight, self.bias, residual, out_dtype or x.dtype, plan)
+
+    def multiply_silu_mul(self, plan: Plan | None, x: Tensor) -> Tensor:
+        if plan is None:
+            return silu_mul(self._torch(x))
+        return multiply_silu_mul(x, self.weight, self.bias, plan)
+
+    def multiply_add_norm(
+        self, plan: Plan | None, x: Tensor, residual: Tensor, norm: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        if plan is None:
             return add_rms_norm(self._torch(x), residual, norm, eps)
         return multiply_add_norm(x, self.weight, self.bias, residual, norm, eps, plan)
 

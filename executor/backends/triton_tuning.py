@@ -15,13 +15,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from triton.errors import TritonError
 
-from ..kernels.gpu.linear import multiply, multiply_add_norm, multiply_silu_mul
+from ..kernels.gpu.failures import LAUNCH_FAILURES
 from ..kernels.gpu.linear_plan import Plan
 from ..kernels.gpu.linear_table import BUCKETS, LinearTable, Operation, Product, bucket, candidates, fastest
-from ..kernels.gpu.norm import add_rms_norm
-from ..kernels.gpu.silu import silu_mul
+from ..side_by_side import at_home_on
 from ..threads import usable_cores
 from .base import Piece
 from .check import TOLERANCE, relative_difference
@@ -37,7 +35,7 @@ PATIENCE = 0.02  # seconds for which a piece waits for the compiler
 MOST_THREADS = 16  # that compile; with more, Python's share of it leaves none to the others
 LARGEST_WEIGHT = 256 << 20  # bytes: a larger one (that of the logits) cuBLAS reads at the memory's rate
 # Of a plan: the compiler's and the driver's, and what another version of the compiler may no longer have.
-FAILURES = (TritonError, RuntimeError, AssertionError, ValueError, OSError, ImportError, AttributeError, TypeError)
+FAILURES = (*LAUNCH_FAILURES, AssertionError, ValueError, ImportError, AttributeError, TypeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +50,11 @@ class Trial:
 
     def run(self, linear: TritonLinear, plan: Plan | None) -> Tensor:
         """The operation on the weights of `linear`: None is cuBLAS with the kernel of what follows."""
-        x, weight, bias, operation = self.x, linear.weight, linear.bias, self.product.operation
-        if plan is None:
-            product = torch.nn.functional.linear(x, weight, bias)
-            if operation == "linear_silu_mul":
-                return silu_mul(product)
-            return product if operation == "linear" else add_rms_norm(product, self.residual, self.norm, EPS)[0]
-        if operation == "linear_silu_mul":
-            return multiply_silu_mul(x, weight, bias, plan)
-        if operation == "linear":
-            return multiply(x, weight, bias, None, x.dtype, plan)
-        return multiply_add_norm(x, weight, bias, self.residual, self.norm, EPS, plan)[0]
+        if self.product.operation == "linear_silu_mul":
+            return linear.multiply_silu_mul(plan, self.x)
+        if self.product.operation == "linear":
+            return linear.multiply(plan, self.x)
+        return linear.multiply_add_norm(plan, self.x, self.residual, self.norm, EPS)[0]
 
 
 Attempt = tuple[Trial, Tensor, Plan]  # what the plan's kernel must give is in the middle
@@ -135,8 +127,7 @@ def _is_right(attempt: Attempt) -> bool:
     trial, expected, plan = attempt
     linear = trial.linears[0]
     try:
-        with torch.inference_mode(), torch.cuda.device(expected.device):
-            torch.zeros(1, device=expected.device)  # the driver has to know this thread before it takes a tile's map
+        with at_home_on(expected.device):
             difference = relative_difference(trial.run(linear, plan), expected)
     except torch.cuda.OutOfMemoryError:  # no fault of the plan's
         raise

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fast_inference.executor.backends import triton_tuning
+from fast_inference.executor.backends import triton_linear, triton_tuning
 from fast_inference.executor.backends.triton import TritonBackend
 from fast_inference.executor.kernels.gpu.linear_plan import Plan
 from fast_inference.executor.kernels.gpu.linear_table import LinearTable, Operation, Product, candidates, load_table
@@ -65,7 +65,7 @@ def test_what_layers_were_asked_for_is_measured_on_all_of_them_and_kept(timed: l
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device, which measures itself")
 def test_plans_that_fail_or_are_wrong_are_left_out(timed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, *others = plans_of("linear", 1)
-    multiply = triton_tuning.multiply
+    multiply = triton_linear.multiply
 
     def broken(*arguments: Any) -> torch.Tensor:
         plan = arguments[-1]
@@ -73,7 +73,7 @@ def test_plans_that_fail_or_are_wrong_are_left_out(timed: list[int], monkeypatch
             raise RuntimeError("no room")
         return multiply(*arguments) + (1 if plan in others else 0)
 
-    monkeypatch.setattr(triton_tuning, "multiply", broken)
+    monkeypatch.setattr(triton_linear, "multiply", broken)
     table = LinearTable()
     backend = TritonBackend(table)
     layer = backend.linear(torch.randn(OUTS, INS).half() / 16)
@@ -89,7 +89,7 @@ def test_a_lack_of_memory_is_no_fault_of_a_plan(
     def full(*_: object) -> None:
         raise torch.cuda.OutOfMemoryError("full")
 
-    monkeypatch.setattr(triton_tuning, "multiply", full)
+    monkeypatch.setattr(triton_linear, "multiply", full)
     table = LinearTable()
     backend = TritonBackend(table)
     layer = backend.linear(torch.randn(OUTS, INS).half())
