@@ -18,9 +18,7 @@ from typing import Any
 import torch
 from fast_inference import LLM
 from gpu_cells import (
-    GPU_MEMORY,
-    MAX_MODEL_LEN,
-    MAX_NUM_SEQS,
+    ENGINE,
     MODELS,
     ONLINE_INPUT,
     ONLINE_SECONDS,
@@ -77,15 +75,9 @@ def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
         llm = LLM(
             folder,
             served_model_name=model,
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            dtype="bfloat16",
-            device="cuda",
-            max_model_len=MAX_MODEL_LEN,
-            max_num_seqs=MAX_NUM_SEQS,
             max_num_batched_tokens=args.max_num_batched_tokens,
-            gpu_memory_utilization=GPU_MEMORY,
             enable_prefix_caching=False,
+            **ENGINE,
         )
         with llm:
             started = time.perf_counter() - began

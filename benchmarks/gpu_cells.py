@@ -20,6 +20,15 @@ from workloads import Request
 MAX_MODEL_LEN = 8192
 MAX_NUM_SEQS = 256
 GPU_MEMORY = 0.85
+ENGINE: dict[str, Any] = {  # settings that all share: random weights, token ids, no text
+    "load_format": "dummy",
+    "skip_tokenizer_init": True,
+    "dtype": "bfloat16",
+    "device": "cuda",
+    "max_model_len": MAX_MODEL_LEN,
+    "max_num_seqs": MAX_NUM_SEQS,
+    "gpu_memory_utilization": GPU_MEMORY,
+}
 TOKEN_IDS = 10_000  # prompts are drawn from ids up to this one
 WARM_TOKENS = 24  # output of a cell's warm-up
 RATES = (8, 16, 32)  # requests a second of the online cells

@@ -24,7 +24,7 @@ from fast_inference.executor.startup import start
 from fast_inference.protocol.config import EngineConfig
 from fast_inference.protocol.messages import Admit, Step, StepResult
 from fast_inference.protocol.sampling import SamplingParams
-from gpu_cells import GPU_MEMORY, MAX_MODEL_LEN, MAX_NUM_SEQS, MODELS, shape_folder
+from gpu_cells import ENGINE, MODELS, shape_folder
 from report import console, machine, write_json
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
@@ -158,17 +158,7 @@ def measure(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     params = SamplingParams(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, max_tokens=100_000)
     with shape_folder(model) as folder:
-        config = EngineConfig(
-            model=folder,
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            dtype="bfloat16",
-            device="cuda",
-            max_model_len=MAX_MODEL_LEN,
-            max_num_seqs=MAX_NUM_SEQS,
-            max_num_batched_tokens=BATCHED_TOKENS,
-            gpu_memory_utilization=GPU_MEMORY,
-        )
+        config = EngineConfig(model=folder, max_num_batched_tokens=BATCHED_TOKENS, **ENGINE)
         engine = start(config, lambda phase, done, total: None)
         console.print(f"{model}: {engine.facts}")
         driver, graphs = Driver(engine.runner), engine.runner.graphs
