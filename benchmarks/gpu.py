@@ -82,7 +82,7 @@ def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
         with llm:
             started = time.perf_counter() - began
             cells["startup"] = {"figures": {"startup": started}}
-            cells["startup"]["recording_seconds"] = settle(llm)
+            cells["startup"]["recording_seconds"] = settle(llm.endpoint)
             for warm_up in first_warm_ups():
                 seconds_of(llm, warm_up)
             for name, cell in offline_cells().items():

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fast_inference import LLM, AsyncClient, SamplingParams
+from fast_inference import LLM, AsyncClient, Client, SamplingParams
 from fast_inference.protocol.sampling import RequestOutputKind
-from gpu_cells import Cell, alike
+from gpu_cells import Cell
 from workloads import Request
 
 SHORT_REPEATS = 9  # of a cell that takes milliseconds
@@ -52,18 +52,20 @@ def seconds_of(llm: LLM, cell: Cell) -> float:
     return seconds
 
 
-def settle(llm: LLM, patience: float = 60.0) -> float:
-    """Wait until an idle engine has recorded all its steps, which it does after it is ready; how many seconds that
-    took. Raises `RuntimeError` where it takes more than `patience`."""
+def settle(endpoint: str, patience: float = 60.0) -> float:
+    """Wait until an idle engine has recorded all its steps, which it does after it is ready, if it does; how many
+    seconds that took. Raises `RuntimeError` where it takes more than `patience`."""
     began = time.perf_counter()
-    while True:
-        seconds_of(llm, Cell("one token", alike(1, 8, 1)))
-        taken = time.perf_counter() - began
-        if not (missing := llm.get_stats().steps_to_record):
-            return taken
-        if taken > patience:
-            raise RuntimeError(f"{missing} steps are still not recorded after {taken:.0f} s")
-        time.sleep(0.5)
+    one_token = _params(Request([0], 1))
+    with Client(endpoint) as client:
+        while True:
+            client.generate({"prompt_token_ids": [0]}, one_token)  # its step's result tells how many are missing
+            taken = time.perf_counter() - began
+            if not (missing := client.get_stats().steps_to_record):
+                return taken
+            if taken > patience:
+                raise RuntimeError(f"{missing} steps are still not recorded after {taken:.0f} s")
+            time.sleep(0.5)
 
 
 def run_offline(llm: LLM, cell: Cell, repeats: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 from fake_executor import VOCAB_SIZE
-from fast_inference import AsyncClient, AsyncEngine, SamplingParams
+from fast_inference import AsyncClient, AsyncEngine
 from fast_inference.protocol.config import EngineConfig
 from fast_inference.scheduler.journal import Reader
 from fast_inference.simulator.costs import Calibration
@@ -37,6 +37,7 @@ from fast_inference.simulator.measured import observe
 from fast_inference.simulator.simulation import Setup, simulate
 from fast_inference.simulator.workload import Workload
 from gpu_cells import MAX_MODEL_LEN, MODELS, online_requests, shape_folder
+from gpu_runs import settle
 from load import NativeSender, drive
 from models import add_model_options, model_folder, vocabulary_size
 from records import Record, serving_figures
@@ -101,23 +102,13 @@ async def sender_to_engine(args: argparse.Namespace, model: str, journal: Path) 
         if args.shape:
             settings |= {"max_model_len": MAX_MODEL_LEN, "enable_prefix_caching": False}
         async with AsyncEngine(model, load_format=weights, dtype=args.dtype, **settings) as engine:
-            await settle(engine)
+            await asyncio.to_thread(settle, engine.endpoint)
             yield NativeSender(engine)
         return
     with running(EngineConfig(model="none", log_level="warning", **settings)) as actors:
         actors.ledger.step_ns = round(args.step_ms * 1e6)
         async with AsyncClient(actors.client_endpoint) as client:
             yield NativeSender(client)
-
-
-async def settle(engine: AsyncEngine) -> None:
-    """Wait until the engine has recorded its steps, if it records them."""
-    while True:
-        async for _ in engine.generate({"prompt_token_ids": [1]}, SamplingParams(max_tokens=1, detokenize=False)):
-            pass
-        if not (await engine.get_stats()).steps_to_record:
-            return
-        await asyncio.sleep(0.5)
 
 
 async def measure(
