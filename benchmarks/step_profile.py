@@ -1,6 +1,6 @@
 """Where each microsecond of a step goes: its kernels on the device, and what the host needs to launch it.
 
-    python benchmarks/step_profile.py [--model llama-8b] [--rows 1 32 256] [--context 512] [--prompts 128 4096 ...]
+    python benchmarks/step_profile.py [--model llama-8b] [--rows 1 256] [--context 512] [--spread 0.6] [--prompts 128]
 
 Owns the made-up steps, which go to an executor's runner in this process, two under way at a time as in the engine, but
 without sockets or scheduler; and the table of their kernels. Random weights. Needs a CUDA device.
@@ -12,7 +12,7 @@ import argparse
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,29 +75,26 @@ class Driver:
         gaps = [result.gap_seconds for result in results if result.gap_seconds is not None]
         return Timed([result.seconds for result in results], launch, gaps, wall)
 
-    def admit(self, tokens: int, params: SamplingParams, slots: int = 1, cached: bool = False) -> Step:
-        """A step in which the first `slots` slots, which were others' before, get prompts of `tokens` tokens. With
-        `cached` all but the last token of each is taken to be in the cache."""
-        size, rows = self._runner.batch.block_size, range(slots)
-        blocks = -(-(tokens + 1) // size)
-        room = self._runner.batch.num_blocks // slots
-        admits = []
-        for slot in rows:
-            ids = np.arange(slot * room, slot * room + blocks, dtype=np.int32)
-            tokens_of = np.random.default_rng(slot).integers(0, 10_000, tokens, np.int32)
-            admit = Admit(
+    def admit(self, lengths: Sequence[int], params: SamplingParams, cached: bool = False) -> Step:
+        """A step in which the first slots, which were others' before, get prompts of so many tokens. With `cached` all
+        but the last token of each is taken to be in the cache."""
+        size, room = self._runner.batch.block_size, self._runner.batch.num_blocks // len(lengths)
+        retire = np.array(sorted(self._held), np.int32)
+        self._held = {slot: -(-(tokens + 1) // size) for slot, tokens in enumerate(lengths)}
+        self._known = {slot: tokens + 1 for slot, tokens in enumerate(lengths)}
+        admits = [
+            Admit(
                 slot=slot,
-                token_ids=tokens_of,
+                token_ids=np.random.default_rng(slot).integers(0, 10_000, tokens, np.int32),
                 num_prompt=tokens,
                 params=params,
                 seed=slot,
-                block_ids=ids,
+                block_ids=np.arange(slot * room, slot * room + self._held[slot], dtype=np.int32),
                 cached_len=tokens - 1 if cached else 0,
             )
-            admits.append(admit)
-        retire = np.array(sorted(self._held), np.int32)
-        self._held, self._known = dict.fromkeys(rows, blocks), dict.fromkeys(rows, tokens + 1)
-        counts = np.full(slots, 1 if cached else tokens, np.int32)
+            for slot, tokens in enumerate(lengths)
+        ]
+        counts = np.array([1 if cached else tokens for tokens in lengths], np.int32)
         return self._step(retire=retire, admit=tuple(admits), work_counts=counts)
 
     def decodes(self, count: int) -> Iterator[Step]:
@@ -153,6 +150,13 @@ def show(title: str, timed: Timed, found: list[tuple[str, float, float]]) -> dic
     return {"step": title, "seconds": figures, "kernels": found}
 
 
+def lengths_of(rows: int, args: argparse.Namespace) -> list[int]:
+    """Tokens of each of `rows` requests: `args.context` in the mean, evenly spread, in no order."""
+    spread = np.linspace(1 - args.spread, 1 + args.spread, rows) if rows > 1 else np.ones(1)
+    lengths = np.random.default_rng(0).permutation(args.context * spread)
+    return [max(1, int(length)) for length in lengths]
+
+
 def measure(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every kind of step of one model."""
     found = []
@@ -170,14 +174,14 @@ def measure(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             layer.keys.normal_()
             layer.values.normal_()
         for rows in args.rows:
-            driver.run(iter([driver.admit(args.context, params, rows, cached=True)]))
+            driver.run(iter([driver.admit(lengths_of(rows, args), params, cached=True)]))
             driver.run(driver.decodes(4))
             timed = driver.run(driver.decodes(STEPS))
             title = f"{model}, decode, {rows} x {args.context + STEPS // 2} tokens"
             found.append(show(title, timed, kernels(lambda: driver.run(driver.decodes(PROFILED)), PROFILED)))
         for tokens in args.prompts:
-            timed = driver.run(driver.admit(tokens, params) for _ in range(7))
-            again = [driver.admit(tokens, params) for _ in range(2)]
+            timed = driver.run(driver.admit([tokens], params) for _ in range(7))
+            again = [driver.admit([tokens], params) for _ in range(2)]
             found.append(
                 show(f"{model}, prompt, {tokens} tokens", timed, kernels(lambda s=again: driver.run(iter(s)), 2))
             )
@@ -188,7 +192,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="llama-8b")
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 32, 256], help="requests of a decode step")
-    parser.add_argument("--context", type=int, default=512, help="tokens of each")
+    parser.add_argument("--context", type=int, default=512, help="tokens of each, in the mean")
+    parser.add_argument("--spread", type=float, default=0.0, help="share by which the tokens of each differ from that")
     parser.add_argument("--prompts", type=int, nargs="*", default=[128, 8190], help="tokens of a prompt step")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-k", type=int, default=0)

@@ -28,9 +28,10 @@ LARGEST = 512  # rows of the largest recording: beyond that, launching one by on
 
 
 def sizes_up_to(rows: int) -> list[int]:
-    """The numbers of rows to record for batches of up to `rows`: close together, since a padded row costs work."""
+    """The numbers of rows to record for batches of up to `rows`: close together, since a padded row costs work; but
+    none between 64 and 128, since products take 128 rows then, and are slower where some are missing."""
     most = min(rows, LARGEST)
-    steps = [1, 2, 4, *range(8, 257, 8), *range(288, LARGEST + 1, 32)]
+    steps = [1, 2, 4, *range(8, 65, 8), *range(128, 257, 8), *range(288, LARGEST + 1, 32)]
     return [*(size for size in steps if size < most), most]
 
 

@@ -91,9 +91,8 @@ class SlotTensors:
     def gather(self, slots: Tensor) -> DecodeRows:
         """The rows of a decode step of `slots` [B] int64. Asks the host nothing: it may be recorded."""
         if self.kernels is not None:
-            return DecodeRows(
-                *self.kernels.gather(slots, self.token_ids, self.lengths, self.block_tables, self._block_size)
-            )
+            known = (self.token_ids, self.lengths, self.block_tables)
+            return DecodeRows(*self.kernels.gather(slots, *known, self._block_size, self.scratch))
         lengths = self.lengths.index_select(0, slots)
         positions = lengths - 1
         tables = self.block_tables.index_select(0, slots)

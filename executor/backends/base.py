@@ -135,6 +135,7 @@ class Backend(Protocol):
     def linear_add_norm(
         self, linear: Linear, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """`linear(x, residual)` in the residual's dtype, and its `rms_norm`: (norm, sum), both [T, out]."""
+        """`linear(x, residual)` in the residual's dtype, and its `rms_norm`: (norm, sum), both [T, out]. The sum may be
+        put where the residual was."""
         total = linear(x, residual)
         return self.rms_norm(total, weight, eps), total

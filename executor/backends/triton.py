@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.gpu.attention_decode import decode_attention
-from ..kernels.gpu.attention_hopper import fits, hopper_attention, is_hopper
+from ..kernels.gpu.attention_hopper import is_hopper
 from ..kernels.gpu.attention_prefill import prefill_attention
 from ..kernels.gpu.attention_tiles import unsupported
 from ..kernels.gpu.linear_table import LinearTable
@@ -26,7 +26,7 @@ from ..kernels.gpu.norm import add_rms_norm, rms_norm
 from ..kernels.gpu.rope import rope_and_cache, write_kv
 from ..kernels.gpu.silu import silu_mul
 from .base import KVLayer, Linear, Piece, StepBatch
-from .hopper_prompts import HopperPrompts
+from .hopper_attention import DECODES, PROMPTS, HopperAttention
 from .torch import TorchBackend
 from .triton_linear import TritonLinear
 from .triton_tuning import FAILURES, tune
@@ -48,7 +48,7 @@ class TritonBackend(TorchBackend):
         self._linears: WeakSet[TritonLinear] = WeakSet()
         self._told: set[str] = set()  # why something went to torch, each reason logged once
         self._compiled: set[object] = set()  # attention kernels, each with what it is compiled for
-        self._hopper = HopperPrompts()
+        self._hopper = HopperAttention()
 
     def tune(self, most_rows: int) -> Iterator[Piece]:
         """Choose between product kernels and cuBLAS where that has not been done on this card yet."""
@@ -84,8 +84,10 @@ class TritonBackend(TorchBackend):
                 partial(decode_attention, q, kv, recorded, 1.0, out, splits=splits),
                 partial(prefill_attention, q, kv, prompt, 1.0, out, splits=splits),
             )
-        if is_hopper(q.device) and fits(q, kv, None, None):
-            calls.append(partial(hopper_attention, q, kv, prompt, 1.0, out))
+        if is_hopper(q.device):
+            for kernel, step in ((DECODES, eager), (PROMPTS, prompt)):
+                if kernel.fits(q, kv, None, None):
+                    calls.append(partial(kernel.attend, q, kv, step, 1.0, out))
         return calls
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
@@ -144,14 +146,19 @@ class TritonBackend(TorchBackend):
         out = q.new_empty((q.shape[0], q.shape[1] * q.shape[2]))
         kind = (q.dtype, q.shape[1:], kv.keys.shape[1:], bool(window), bool(soft_cap))
         if batch.num_decodes:
-            for splits in self._splits("decode", kind, q.is_cuda):
+            *to_compile, usual = self._splits("decode", kind, q.is_cuda)
+            for splits in to_compile:
                 decode_attention(q, kv, batch, scale, out, window, soft_cap, splits)
+            if self._hopper.takes(DECODES, q, kv, batch, scale, window, soft_cap):
+                DECODES.attend(q, kv, batch, scale, out)
+            else:
+                decode_attention(q, kv, batch, scale, out, window, soft_cap, usual)
         if batch.num_decodes < batch.seq_lens.shape[0]:
             *to_compile, usual = self._splits("prefill", kind, q.is_cuda)
             for splits in to_compile:
                 prefill_attention(q, kv, batch, scale, out, window, soft_cap, splits)
-            if self._hopper.takes(q, kv, batch, scale, window, soft_cap):
-                hopper_attention(q, kv, batch, scale, out)
+            if self._hopper.takes(PROMPTS, q, kv, batch, scale, window, soft_cap):
+                PROMPTS.attend(q, kv, batch, scale, out)
             else:
                 prefill_attention(q, kv, batch, scale, out, window, soft_cap, usual)
         return out

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..kernels.gpu.linear import multiply, multiply_add_norm, multiply_silu_mul
 from ..kernels.gpu.linear_plan import Plan
-from ..kernels.gpu.linear_table import LinearTable, Operation, bucket
-from ..kernels.gpu.norm import add_rms_norm
+from ..kernels.gpu.linear_table import BUCKETS, LinearTable, Operation, bucket
+from ..kernels.gpu.norm import add_rms_norm, rms_norm
 from ..kernels.gpu.silu import silu_mul
 from .torch import TorchLinear
 
@@ -44,6 +44,10 @@ class TritonLinear:
 
     def add_norm(self, x: Tensor, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """(norm, sum) as of `Backend.linear_add_norm`."""
+        if x.shape[0] > BUCKETS[-1] and self.bias is None:
+            # cuBLAS adds to what is there, so the product itself is neither written nor read.
+            total = residual.addmm_(x, self.weight.t())
+            return rms_norm(total, norm, eps), total
         return self.multiply_add_norm(self._plan("linear_add_norm", x), x, residual, norm, eps)
 
     # ---- the same by a given plan; None is cuBLAS with the kernel of what follows ---------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..kernels.gpu.failures import LAUNCH_FAILURES
 from ..kernels.gpu.linear_plan import Plan
-from ..kernels.gpu.linear_table import BUCKETS, LinearTable, Operation, Product, bucket, candidates, fastest
+from ..kernels.gpu.linear_table import BUCKETS, MEASURED, LinearTable, Operation, Product, bucket, candidates, fastest
 from ..side_by_side import at_home_on
 from ..threads import usable_cores
 from .base import Piece
@@ -118,7 +118,8 @@ def _trials(linears: Sequence[TritonLinear], table: LinearTable, most_rows: int)
         for rows in BUCKETS:
             product = Product(operation, rows, outs, ins, str(dtype).removeprefix("torch."))
             if rows <= largest and product not in table.plans:
-                x, residual = (torch.randn(rows, size, device=device, dtype=dtype) for size in (ins, outs))
+                count = MEASURED.get(rows, rows)
+                x, residual = (torch.randn(count, size, device=device, dtype=dtype) for size in (ins, outs))
                 yield Trial(product, alike, x, residual, torch.ones(outs, device=device, dtype=dtype))
 
 

@@ -232,7 +232,13 @@ def test_the_gap_is_told_for_decode_steps_that_follow_one_another_and_for_no_oth
 
 @pytest.mark.parametrize(
     ("rows", "sizes"),
-    [(1, [1]), (3, [1, 2, 3]), (20, [1, 2, 4, 8, 16, 20]), (300, [1, 2, 4, *range(8, 257, 8), 288, 300])],
+    [
+        (1, [1]),
+        (3, [1, 2, 3]),
+        (20, [1, 2, 4, 8, 16, 20]),
+        (100, [1, 2, 4, *range(8, 65, 8), 100]),
+        (300, [1, 2, 4, *range(8, 65, 8), *range(128, 257, 8), 288, 300]),
+    ],
 )
 def test_sizes_reach_the_largest_batch_and_no_further(rows: int, sizes: list[int]) -> None:
     assert sizes_up_to(rows) == sizes

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...backends.base import KVLayer, StepBatch
@@ -25,6 +25,7 @@ from .attention_hopper_feed import FIELDS, feed
 from .attention_hopper_rows import attend
 from .attention_splits import processors
 from .attention_tiles import score_factors
+from .hopper_language import barriers
 from .sizes import power_of_two
 
 HEAD_SIZE = 128
@@ -83,10 +84,10 @@ def hopper_attention(q: Tensor, kv: KVLayer, batch: StepBatch, scale: float, out
     items = most_tiles * kv_heads
     pages = num_blocks * kv_heads * block_size
     _hopper_prefill[(min(items, processors(q.device)),)](
-        _copied(q, (tokens, heads, head_size), (ROWS // pack, pack, head_size)),
-        _copied(kv.keys, (pages, head_size), (CHUNK, head_size)),
-        _copied(kv.values, (pages, head_size), (CHUNK, head_size)),
-        kv.values, out, batch.block_tables, batch.query_start, batch.seq_lens, _counter(q.device),
+        copied(q, (tokens, heads, head_size), (ROWS // pack, pack, head_size)),
+        copied(kv.keys, (pages, head_size), (CHUNK, head_size)),
+        copied(kv.values, (pages, head_size), (CHUNK, head_size)),
+        out, batch.block_tables, batch.query_start, batch.seq_lens, _counter(q.device),
         factor, first, rows, most_tiles, items, batch.block_tables.stride(0), pages,
         KV_HEADS=kv_heads, GROUP=group, PACK=pack, HEAD=head_size, BLOCK_SIZE=block_size, TILE=ROWS, KEYS=KEYS,
         STAGES=STAGES, SLOTS=SLOTS, REGISTERS=REGISTERS, FEED_REGISTERS=FEED_REGISTERS, num_warps=4,
@@ -110,7 +111,7 @@ class _Memory:
         return self.address
 
 
-def _copied(tensor: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> TensorDescriptor:
+def copied(tensor: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> TensorDescriptor:
     """What the engine for copies has to know of `tensor`, contiguous, seen as `shape`, to copy a `block` of it."""
     return _descriptor(tensor.data_ptr(), tensor.dtype, shape, block)
 
@@ -126,7 +127,7 @@ def _descriptor(address: int, dtype: torch.dtype, shape: tuple[int, ...], block:
 
 @gluon.jit(do_not_specialize=["first_row", "rows", "most_tiles", "num_items", "table_stride", "behind"])
 def _hopper_prefill(
-    q, keys, values, value_pages, out, tables, query_start, seq_lens, counter,
+    q, keys, values, out, tables, query_start, seq_lens, counter,
     factor, first_row, rows, most_tiles, num_items, table_stride, behind,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, HEAD: gl.constexpr, BLOCK_SIZE: gl.constexpr,
     TILE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
@@ -138,12 +139,12 @@ def _hopper_prefill(
     k_tiles = gl.allocate_shared_memory(q.dtype, [STAGES, KEYS, HEAD], keys.layout)
     v_tiles = gl.allocate_shared_memory(q.dtype, [STAGES, KEYS, HEAD], values.layout)
     items = gl.allocate_shared_memory(gl.int32, [SLOTS, FIELDS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    q_full = _barriers(SLOTS, 1)
-    q_free = _barriers(SLOTS, 2)
-    k_full = _barriers(STAGES, 1)
-    k_free = _barriers(STAGES, 2)
-    v_full = _barriers(STAGES, 1)
-    v_free = _barriers(STAGES, 2)
+    q_full = barriers(SLOTS, 1)
+    q_free = barriers(SLOTS, 2)
+    k_full = barriers(STAGES, 1)
+    k_free = barriers(STAGES, 2)
+    v_full = barriers(STAGES, 1)
+    v_free = barriers(STAGES, 2)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -156,7 +157,7 @@ def _hopper_prefill(
                 KV_HEADS, GROUP, PACK, HEAD, TILE // 2, KEYS, STAGES, SLOTS, 1,
             )),
             (feed, (
-                q, keys, values, value_pages, tables, query_start, seq_lens, counter,
+                q, keys, values, tables, query_start, seq_lens, counter,
                 items, q_tiles, k_tiles, v_tiles, q_full, q_free, k_full, k_free, v_full, v_free,
                 first_row, rows, most_tiles, num_items, table_stride, behind,
                 KV_HEADS, GROUP, HEAD, BLOCK_SIZE, TILE // PACK, KEYS, STAGES, SLOTS,
@@ -165,12 +166,3 @@ def _hopper_prefill(
         [4, 1],
         [REGISTERS, FEED_REGISTERS],
     )  # fmt: skip
-
-
-@gluon.jit
-def _barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
-    """Barriers that let pass when `ARRIVALS` have come."""
-    barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
-    for number in gl.static_range(NUMBER):
-        mbarrier.init(barriers.index(number), count=ARRIVALS)
-    return barriers

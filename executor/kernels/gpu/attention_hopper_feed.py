@@ -10,16 +10,12 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .attention_prefill import first_tile, row_of_tile
-
-# Both were renamed between Triton 3.6 and 3.9.
-copy_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+from .hopper_language import copy_async
 
 CHUNK = gl.constexpr(16)  # keys of one copy; a page holds a whole number of them
-ATOM = gl.constexpr(64)  # elements that lie side by side in shared memory: 128 bytes, swizzled
 
 # What is said of an item, in the order in which it is posted.
 ROW_START = gl.constexpr(0)  # index of the row's first token among those of the step
@@ -40,6 +36,17 @@ def advance(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def post(items, slot, fields):
+    """Say of the item in `slot` what `fields` has, in their order."""
+    layout: gl.constexpr = gl.BlockedLayout([FIELDS], [32], [1], [0])
+    at = gl.arange(0, FIELDS, layout)
+    item = gl.zeros([FIELDS], gl.int32, layout)
+    for which in gl.static_range(len(fields)):
+        item = gl.where(at == which, fields[which], item)
+    items.index(slot).store(item)
+
+
+@gluon.jit
 def read_item(items, slot, WARPS: gl.constexpr):
     """All fields, [FIELDS], the same in every thread."""
     return items.index(slot).load(gl.BlockedLayout([FIELDS], [32], [WARPS], [0]))
@@ -52,7 +59,7 @@ def field(item, which: gl.constexpr):
 
 @gluon.jit
 def feed(
-    q, keys, values, value_pages, tables, query_start, seq_lens, counter,
+    q, keys, values, tables, query_start, seq_lens, counter,
     items, q_tiles, k_tiles, v_tiles, q_full, q_free, k_full, k_free, v_full, v_free,
     first_row, rows, most_tiles, num_items, table_stride, behind,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD: gl.constexpr, BLOCK_SIZE: gl.constexpr, PER_TILE: gl.constexpr,
@@ -82,20 +89,20 @@ def feed(
             end = gl.minimum(length - count + token + PER_TILE, length)
             tiles = (end + KEYS - 1) // KEYS
             mbarrier.wait(q_free.index(slot), slot_phase ^ 1)
-            _post(items, slot, row_start, token, count, length, kv_head, tiles)
+            post(items, slot, (row_start, token, count, length, kv_head, tiles))
             mbarrier.expect(q_full.index(slot), q_tiles.index(slot).numel * SIZE)
             copy_async(q, [row_start + token, kv_head * GROUP, 0], q_full.index(slot), q_tiles.index(slot))
             slot, slot_phase = advance(slot, slot_phase, SLOTS)
             table = tables + row.to(gl.int64) * table_stride
             for t in range(tiles):
-                _feed_tile(
-                    keys, values, value_pages, table, t * KEYS, end, length, kv_head, behind, stage, phase,
-                    k_tiles, v_tiles, k_full, k_free, v_full, v_free, KV_HEADS, HEAD, BLOCK_SIZE, KEYS, STAGES,
+                feed_tile(
+                    keys, values, table, t * KEYS, end, kv_head, behind, stage, phase,
+                    k_tiles, v_tiles, k_full, k_free, v_full, v_free, KV_HEADS, HEAD, BLOCK_SIZE, KEYS,
                 )  # fmt: skip
                 stage, phase = advance(stage, phase, STAGES)
         number = following
     mbarrier.wait(q_free.index(slot), slot_phase ^ 1)
-    _post(items, slot, 0, 0, 0, 0, 0, 0)
+    post(items, slot, (0, 0, 0, 0, 0, 0))
     mbarrier.arrive(q_full.index(slot))
     if gl.atomic_add(counter + 1, 1) == programs - 1:
         gl.store(counter, 0)
@@ -103,23 +110,11 @@ def feed(
 
 
 @gluon.jit
-def _post(items, slot, row_start, token, count, length, kv_head, tiles):
-    at = gl.arange(0, FIELDS, gl.BlockedLayout([FIELDS], [32], [1], [0]))
-    item = gl.where(at == ROW_START, row_start, token)
-    item = gl.where(at == COUNT, count, item)
-    item = gl.where(at == LENGTH, length, item)
-    item = gl.where(at == KV_HEAD, kv_head, item)
-    item = gl.where(at == TILES, tiles, item)
-    items.index(slot).store(item)
-
-
-@gluon.jit
-def _feed_tile(
-    keys, values, value_pages, table, start, end, length, kv_head, behind, stage, phase,
-    k_tiles, v_tiles, k_full, k_free, v_full, v_free,
-    KV_HEADS: gl.constexpr, HEAD: gl.constexpr, BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+def feed_tile(
+    keys, values, table, start, end, kv_head, behind, stage, phase, k_tiles, v_tiles, k_full, k_free, v_full, v_free,
+    KV_HEADS: gl.constexpr, HEAD: gl.constexpr, BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
-    """Copy the keys and the values of tokens [start, start + KEYS), zeros from `end` on."""
+    """Copy the keys and the values of tokens [start, start + KEYS), zeros for chunks from `end` on."""
     SIZE: gl.constexpr = k_tiles.dtype.primitive_bitwidth // 8
     CHUNKS: gl.constexpr = KEYS // CHUNK
     places = ()
@@ -134,43 +129,6 @@ def _feed_tile(
     for c in gl.static_range(CHUNKS):
         copy_async(keys, [places[c], 0], k_full.index(stage), k_tiles.index(stage).slice(c * CHUNK, CHUNK))
     mbarrier.wait(v_free.index(stage), phase ^ 1)
-    last = length // CHUNK * CHUNK
-    cut = (length > last) & (last >= start) & (last < gl.minimum(end, start + KEYS))
-    if cut:
-        block = gl.load(table + last // BLOCK_SIZE)
-        place = (block * KV_HEADS + kv_head) * BLOCK_SIZE + last % BLOCK_SIZE
-        _copy_written(value_pages, place, length - last, v_tiles, stage, (last - start) // CHUNK, HEAD, KEYS, STAGES)
-    mbarrier.expect(v_full.index(stage), KEYS * HEAD * SIZE, pred=cut == 0)
-    mbarrier.expect(v_full.index(stage), (KEYS - CHUNK) * HEAD * SIZE, pred=cut)
+    mbarrier.expect(v_full.index(stage), KEYS * HEAD * SIZE)
     for c in gl.static_range(CHUNKS):
-        whole = (cut == 0) | (start + c * CHUNK != last)
-        part = v_tiles.index(stage).slice(c * CHUNK, CHUNK)
-        copy_async(values, [places[c], 0], v_full.index(stage), part, pred=whole)
-
-
-@gluon.jit
-def _copy_written(
-    pages, place, written, tiles, stage, chunk, HEAD: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr
-):
-    """Copy the values of the `written` tokens of a chunk, and zeros for the others: a slot without a token may hold a
-    NaN, which a weight of zero does not take out of a sum."""
-    ATOMS: gl.constexpr = HEAD // ATOM
-    CHUNKS: gl.constexpr = KEYS // CHUNK
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    line = gl.arange(0, CHUNK, gl.SliceLayout(1, layout))[:, None]
-    dim = gl.arange(0, ATOM, gl.SliceLayout(0, layout))[None, :]
-    source = pages + place.to(gl.int64) * HEAD + line * HEAD + dim
-    chunks = _reshaped(tiles, [STAGES * ATOMS * CHUNKS, CHUNK, ATOM])
-    for atom in range(ATOMS):
-        rest = gl.load(source + atom * ATOM, mask=line < written, other=0.0)
-        chunks.index((stage * ATOMS + atom) * CHUNKS + chunk).store(rest)
-    fence_async_shared()
-
-
-@gluon.jit
-def _reshaped(tiles, shape: gl.constexpr):
-    """The same memory by another shape."""
-    if HAS_REINTERPRET:
-        return tiles.reinterpret(tiles.dtype, shape, tiles.layout)
-    else:
-        return tiles._reinterpret(tiles.dtype, shape, tiles.layout)
+        copy_async(values, [places[c], 0], v_full.index(stage), v_tiles.index(stage).slice(c * CHUNK, CHUNK))

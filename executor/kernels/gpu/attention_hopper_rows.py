@@ -10,11 +10,18 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from .attention_hopper_feed import COUNT, KV_HEAD, LENGTH, ROW_START, TILES, TOKEN, advance, field, read_item
+from .hopper_language import all_threads
 
 WARPS = gl.constexpr(4)  # of a warpgroup
+LINES = gl.constexpr(32)  # of a tile of values that are cleaned at a time
 
 
 @gluon.jit
@@ -49,23 +56,26 @@ def attend(
         top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
         total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
         mixed = gl.zeros([ROWS, HEAD], gl.float32, MIXED)
-        exact, top, total, _ = _weigh(scores, 0, positions, top, total, factor, True)
+        exact, top, total, _ = weigh(masked(scores, 0, positions), top, total, factor)
         weights = gl.convert_layout(exact.to(q_tiles.dtype), WEIGHTS)
         tile = 1
         while tile < whole:
-            stage, phase, weights, top, total, mixed = _step(
+            stage, phase, weights, top, total, mixed = step(
                 q_tile, k_tiles, v_tiles, k_full, k_free, v_full, v_free, stage, phase, tile * KEYS, positions,
                 weights, top, total, mixed, factor, ROWS, KEYS, STAGES, False,
             )  # fmt: skip
             tile += 1
         while tile < tiles:
-            stage, phase, weights, top, total, mixed = _step(
+            stage, phase, weights, top, total, mixed = step(
                 q_tile, k_tiles, v_tiles, k_full, k_free, v_full, v_free, stage, phase, tile * KEYS, positions,
                 weights, top, total, mixed, factor, ROWS, KEYS, STAGES, True,
             )  # fmt: skip
             tile += 1
         mbarrier.arrive(q_free.index(slot))  # for the item after the next
         mbarrier.wait(v_full.index(stage), phase)
+        written = field(item, LENGTH) - (tiles - 1) * KEYS
+        if written < KEYS:
+            clean(v_tiles, stage, written)  # as the other warpgroup does, with the same bytes
         mixing = warpgroup_mma(weights, v_tiles.index(stage), mixed, is_async=True)
         mixed, weights = warpgroup_mma_wait(0, deps=[mixing, weights])
         mbarrier.arrive(v_free.index(stage))
@@ -78,7 +88,7 @@ def attend(
 
 
 @gluon.jit
-def _step(
+def step(
     q_tile, k_tiles, v_tiles, k_full, k_free, v_full, v_free, stage, phase, start, positions,
     weights, top, total, mixed, factor,
     ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
@@ -94,7 +104,9 @@ def _step(
     mixing = warpgroup_mma(weights, v_tiles.index(stage), mixed, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[scoring])
     mbarrier.arrive(k_free.index(next_stage))
-    exact, top, total, shrink = _weigh(scores, start, positions, top, total, factor, MASKED)
+    if MASKED:
+        scores = masked(scores, start, positions)
+    exact, top, total, shrink = weigh(scores, top, total, factor)
     mixed, weights = warpgroup_mma_wait(0, deps=[mixing, weights])
     mbarrier.arrive(v_free.index(stage))
     mixed = mixed * gl.convert_layout(shrink, gl.SliceLayout(1, MIXED))[:, None]
@@ -103,16 +115,34 @@ def _step(
 
 
 @gluon.jit
-def _weigh(scores, start, positions, top, total, factor, MASKED: gl.constexpr):
+def clean(tiles, stage, written):
+    """Zeros in a tile of values for the slots that hold no token yet, from line `written` on: such a slot may hold a
+    NaN, which a weight of zero does not take out of a sum."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
+    KEYS: gl.constexpr = tiles.shape[1]
+    line = gl.arange(0, LINES, gl.SliceLayout(1, layout))
+    for first in gl.static_range(0, KEYS, LINES):
+        part = tiles.index(stage).slice(first, LINES)
+        part.store(gl.where((first + line < written)[:, None], part.load(layout), 0.0))
+    fence_async_shared()
+    all_threads()
+
+
+@gluon.jit
+def weigh(scores, top, total, factor):
     """One step of the online softmax, as `attention_tiles.absorb` takes it, but for the weighted sum: (weights, top,
-    total, what the sums so far are worth now)."""
-    if MASKED:
-        tokens = start + gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
-        scores = gl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
-    higher = gl.maximum(top, gl.max(scores, 1) * factor)  # not -inf: every row sees the first tile
+    total, what the sums so far are worth now). Every row must see something in the first tile."""
+    higher = gl.maximum(top, gl.max(scores, 1) * factor)
     weights = gl.exp2(scores * factor - higher[:, None])
     shrink = gl.exp2(top - higher)
     return weights, higher, total * shrink + gl.sum(weights, 1), shrink
+
+
+@gluon.jit
+def masked(scores, start, positions):
+    """-inf for the tokens, of which the first is `start`, that a row of `positions` does not see."""
+    tokens = start + gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
+    return gl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
 
 
 @gluon.jit

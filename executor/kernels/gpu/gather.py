@@ -18,13 +18,14 @@ AT_ONCE = 256  # rows whose lengths are compared together
 
 
 def gather(
-    slots: Tensor, token_ids: Tensor, lengths: Tensor, block_tables: Tensor, block_size: int
+    slots: Tensor, token_ids: Tensor, lengths: Tensor, block_tables: Tensor, block_size: int, scratch: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The newest known tokens of `slots` [B] int64, of which slot s knows `lengths[s]` (at least 1).
 
     `token_ids` [S, row_tokens] int32, `lengths` [S] int64, `block_tables` [S, max_blocks] int32. Returns lengths, token
-    ids, positions and slot mapping, [B] int64 each; the slots' block tables [B, max_blocks] int32; lengths [B] int32;
-    the rows [B] int32, the longest first, and of equals the first.
+    ids, positions and slot mapping, [B] int64 each; the slots' block tables [B, max_blocks] int32; lengths [B] int32,
+    for the slot `scratch` 0, so that nothing is attended there; the rows [B] int32, the longest first, and of equals
+    the first.
     """
     count, width = len(slots), block_tables.shape[1]
     rows = torch.empty((4, count), dtype=torch.int64, device=slots.device)
@@ -34,7 +35,7 @@ def gather(
     if count:
         _gather[(count, tiles_of(width, TABLE_TILE))](
             slots, token_ids, lengths, block_tables, rows, tables, seq_lens, order,
-            token_ids.stride(0), block_tables.stride(0), width, block_size, TILE=TABLE_TILE, AT_ONCE=AT_ONCE,
+            token_ids.stride(0), block_tables.stride(0), width, block_size, scratch, TILE=TABLE_TILE, AT_ONCE=AT_ONCE,
             num_warps=4,
         )  # fmt: skip
     known, tokens, positions, slot_mapping = rows
@@ -51,7 +52,7 @@ def append(slots: Tensor, known: Tensor, tokens: Tensor, token_ids: Tensor, leng
 @triton.jit
 def _gather(
     slots, token_ids, lengths, block_tables, rows, tables, seq_lens, order,
-    row_tokens, row_blocks, width, block_size, TILE: tl.constexpr, AT_ONCE: tl.constexpr,
+    row_tokens, row_blocks, width, block_size, scratch, TILE: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     row, count = tl.program_id(0), tl.num_programs(0)
     slot = tl.load(slots + row)
@@ -67,7 +68,7 @@ def _gather(
         tl.store(rows + count + row, tl.load(token_ids + slot * row_tokens + position).to(tl.int64))
         tl.store(rows + 2 * count + row, position)
         tl.store(rows + 3 * count + row, block * block_size + position % block_size)
-        tl.store(seq_lens + row, length.to(tl.int32))
+        tl.store(seq_lens + row, tl.where(slot == scratch, 0, length).to(tl.int32))
         before = 0  # rows that come first in the order
         for first in range(0, count, AT_ONCE):
             other = first + tl.arange(0, AT_ONCE)

@@ -17,19 +17,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .hopper_language import all_threads, control, copy_async
 from .linear_plan import Plan
 from .overlap import overlapped
 from .sizes import tiles_of
-
-# By the names that these have now, else by those that they had in Triton 3.6.
-copy_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-all_threads = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -75,15 +71,15 @@ def _product_hopper(
     parts = gl.allocate_shared_memory(inputs.dtype, [STAGES, ROWS, INS], inputs.layout)
     arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     if OVERLAP:
-        _control("griddepcontrol.launch_dependents;")
+        control("griddepcontrol.launch_dependents;")
     for stage in gl.static_range(STAGES):
         mbarrier.init(arrived.index(stage), count=1)
         fence_async_shared()
         _ask_weights(weights, arrived, tiles, stage, feature, size, (start + stage) * INS, stage < steps, BYTES, HALVES)
     if OVERLAP:
-        _control("griddepcontrol.wait;")
+        control("griddepcontrol.wait;")
     for stage in gl.static_range(STAGES):
-        copy_tile(inputs, [row, (start + stage) * INS], arrived.index(stage), parts.index(stage), pred=stage < steps)
+        copy_async(inputs, [row, (start + stage) * INS], arrived.index(stage), parts.index(stage), pred=stage < steps)
 
     total = gl.zeros([OUTS, ROWS], gl.float32, LAYOUT)
     second = gl.zeros([OUTS, ROWS], gl.float32, LAYOUT)
@@ -104,7 +100,7 @@ def _product_hopper(
         more = (step > 0) & (ahead < steps)
         all_threads()
         _ask_weights(weights, arrived, tiles, before, feature, size, (start + ahead) * INS, more, BYTES, HALVES)
-        copy_tile(inputs, [row, (start + ahead) * INS], arrived.index(before), parts.index(before), pred=more)
+        copy_async(inputs, [row, (start + ahead) * INS], arrived.index(before), parts.index(before), pred=more)
         before = stage
         stage += 1
         if stage == STAGES:
@@ -122,18 +118,13 @@ def _product_hopper(
 
 
 @gluon.jit
-def _control(INSTRUCTION: gl.constexpr):
-    gl.inline_asm_elementwise(INSTRUCTION + " // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def _ask_weights(
     weights, arrived, tiles, stage, feature, size, place, wanted, BYTES: gl.constexpr, HALVES: gl.constexpr
 ):  # fmt: skip
     """Begin to fill a stage with weights, and have its barrier expect the bytes of the whole stage."""
     mbarrier.expect(arrived.index(stage), BYTES, pred=wanted)
     for half in gl.static_range(HALVES):
-        copy_tile(
+        copy_async(
             weights,
             [feature + half * size, place],
             arrived.index(stage),

@@ -28,9 +28,12 @@ log = logging.getLogger(__name__)
 
 Operation = Literal["linear", "linear_silu_mul", "linear_add_norm"]
 OPERATIONS: tuple[Operation, ...] = ("linear", "linear_silu_mul", "linear_add_norm")
-BUCKETS = (1, 16, 32, 64, 128, 192, 256)  # numbers of rows that are measured; each serves those below
+BUCKETS = (1, 16, 32, 64, 128, 192, 256)  # numbers of rows for which there is a choice; each serves those below
+# Of these, numbers that stand for all: cuBLAS has tiles for any number, a plan is slower where rows are missing. Up to
+# 128 rows steps are recorded for so many rows as a plan's tile has.
+MEASURED = {192: 160, 256: 224}
 SHARED_BYTES = 216 << 10  # of the tiles under way on one processor
-KERNELS = ("linear.py", "linear_hopper.py")
+KERNELS = ("linear.py", "linear_hopper.py", "linear_table.py")
 SPLITS = (2, 3, 4, 6)
 MARGIN = 0.97  # of cuBLAS's time that a plan may take: what is closer is noise
 

@@ -18,11 +18,18 @@ from ..random_step import attend, make_step
 
 pytest.importorskip("triton")
 
-from fast_inference.executor.backends import hopper_prompts
+from fast_inference.executor.backends import hopper_attention as hopper
+from fast_inference.executor.backends import triton
 from fast_inference.executor.backends.base import KVLayer
 from fast_inference.executor.backends.torch import TorchBackend
 from fast_inference.executor.backends.triton import TritonBackend
-from fast_inference.executor.kernels.gpu import attention_decode, attention_hopper, attention_prefill, attention_splits
+from fast_inference.executor.kernels.gpu import (
+    attention_decode,
+    attention_hopper,
+    attention_hopper_decode,
+    attention_prefill,
+    attention_splits,
+)
 from fast_inference.executor.kernels.gpu.attention_tiles import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -272,6 +279,16 @@ def test_the_kernel_for_hopper_is_asked_only_for_long_prompts_and_much_work(monk
     assert not pays((799, 0)) and not pays((800, 0), heads=16) and not pays(*[(500, 0)] * 4)
 
 
+def test_the_decode_kernel_for_hopper_is_for_rows_that_fill_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pays(rows: int, kv_heads: int) -> bool:
+        step = make_step([(1, 0)] * rows, kv_heads, 16, 16, torch.float16)
+        return attention_hopper_decode.pays(torch.empty(0), step.kv, step.batch)
+
+    monkeypatch.setattr(attention_hopper_decode, "processors", lambda device: 132)
+    assert pays(9, 8) and pays(5, 16) and pays(33, 2)  # rounded up to a power of two, two parts of each
+    assert not pays(8, 8) and not pays(4, 16) and not pays(32, 2)
+
+
 @pytest.mark.parametrize(
     ("does", "told"),
     (("as it should", ""), ("something else", "differs from it by"), ("not compile", "RuntimeError: no such layout")),
@@ -289,10 +306,11 @@ def test_the_kernel_for_hopper_is_tried_once_against_the_other(
         if does == "something else":
             out[-1, -1] += 1.0
 
-    monkeypatch.setattr(hopper_prompts, "is_hopper", lambda device: True)
-    monkeypatch.setattr(hopper_prompts, "pays", lambda q, kv, batch: True)
-    monkeypatch.setattr(hopper_prompts, "hopper_attention", attend_on_hopper)
-    monkeypatch.setattr("fast_inference.executor.backends.triton.hopper_attention", attend_on_hopper)
+    monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
+    prompts = replace(hopper.PROMPTS, attend=attend_on_hopper, pays=lambda q, kv, batch: True)
+    decodes = replace(hopper.DECODES, fits=lambda q, kv, window, soft_cap: False)
+    monkeypatch.setattr(triton, "PROMPTS", prompts)
+    monkeypatch.setattr(triton, "DECODES", decodes)
     step = make_step([(1, 5), (20, 8)], 1, 16, 128, torch.float16).to(DEVICE)
     q = torch.randn(21, 2, 128).to(DEVICE, torch.float16)
     backend = TritonBackend()

@@ -19,6 +19,7 @@ from fast_inference.executor.backends.torch import TorchBackend
 from fast_inference.executor.backends.triton import TritonBackend
 from fast_inference.executor.kernels.gpu.attention_decode import decode_attention
 from fast_inference.executor.kernels.gpu.attention_hopper import _counter, hopper_attention, is_hopper
+from fast_inference.executor.kernels.gpu.attention_hopper_decode import _arrivals, hopper_decode_attention
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
@@ -29,6 +30,7 @@ import torch
 from fast_inference.executor.backends.base import KVLayer, StepBatch
 from fast_inference.executor.backends.triton import TritonBackend
 from fast_inference.executor.kernels.gpu.attention_hopper import hopper_attention
+from fast_inference.executor.kernels.gpu.attention_hopper_decode import hopper_decode_attention
 
 ints = lambda *values: torch.tensor(values, dtype=torch.int32)
 for head_size, window, soft_cap in ((128, None, None), (64, 100, 30.0)):
@@ -38,6 +40,7 @@ for head_size, window, soft_cap in ((128, None, None), (64, 100, 30.0)):
     TritonBackend().attention(q, kv, batch, 0.1, window, soft_cap)
     if head_size == 128:
         hopper_attention(q, kv, batch, 0.1, q.flatten(1))
+        hopper_decode_attention(q, kv, batch, 0.1, q.flatten(1))
         for call in TritonBackend().compile_calls(8, kv):
             call()
 for name, variants in compiled.items():
@@ -53,7 +56,7 @@ def test_the_kernels_compile_for_hopper_and_fit_into_its_shared_memory() -> None
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert set(done.stdout.split()) > {"_decode", "_hopper_prefill", "_merge", "_prefill"}
+    assert set(done.stdout.split()) > {"_decode", "_hopper_decode", "_hopper_prefill", "_merge", "_prefill"}
     assert done.stdout.splitlines()[0] == "_decode 5"  # windowed, and with and without an order, whole and in parts
 
 
@@ -124,6 +127,62 @@ def test_the_kernel_for_hopper_gives_what_the_reference_gives(
         torch.testing.assert_close(out[2:], expected[2:], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
         out[2:] = torch.nan
     assert _counter(q.device).eq(0).all()
+
+
+DECODES = {
+    "one tile each": [17] * 200,
+    "parts of equal rows": [500] * 17,
+    "all lengths": [1 + 37 * row % 1500 for row in range(63)],
+    "one row divided among many programs": [*range(1, 60), 8000],
+    "rows without tokens": [0, 0, *(70 * (row % 3) for row in range(300)), 0],
+    "fewer tiles than programs": [3, 0, 64],
+    "nothing": [0, 0],
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+@pytest.mark.parametrize(("group", "kv_heads", "block_size"), ((4, 8, 16), (7, 3, 16), (1, 2, 48), (16, 1, 128)))
+@pytest.mark.parametrize("lengths", DECODES.values(), ids=DECODES)
+def test_the_decode_kernel_for_hopper_gives_what_the_reference_gives(
+    cuda: str, dtype: torch.dtype, group: int, kv_heads: int, block_size: int, lengths: list[int]
+) -> None:
+    if not is_hopper(torch.device(cuda)):
+        pytest.skip("no Hopper card")
+    step = make_step([(1, max(length - 1, 0)) for length in lengths], kv_heads, block_size, 128, dtype).to(cuda)
+    kv = step.copy_of_kv()
+    TorchBackend().write_kv(step.fresh(step.keys), step.fresh(step.values), kv, step.batch)
+    q = torch.randn(len(lengths), group * kv_heads, 128, device=cuda).to(dtype)
+    expected = TorchBackend().attention(q, kv, step.batch, 0.1)
+    lens = torch.tensor(lengths, dtype=torch.int32, device=cuda)
+    expected[lens == 0] = 0.0
+    for _ in range(3):  # each leaves the counters as the next needs them
+        out = torch.full_like(expected, torch.nan)
+        hopper_decode_attention(q, kv, replace(step.batch, seq_lens=lens), 0.1, out)
+        torch.testing.assert_close(out, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert _arrivals(q.device).eq(0).all()
+
+
+@pytest.mark.gpu
+def test_rows_without_tokens_change_no_bit_of_the_others(cuda: str) -> None:
+    """So a recorded step, which has some, gives what an eager one gives, to the bit."""
+    if not is_hopper(torch.device(cuda)):
+        pytest.skip("no Hopper card")
+    step = make_step([(1, 99 * row) for row in range(40)], 8, 16, 128, torch.bfloat16).to(cuda)
+    kv = step.copy_of_kv()
+    TorchBackend().write_kv(step.fresh(step.keys), step.fresh(step.values), kv, step.batch)
+    q = torch.randn(64, 32, 128, device=cuda, dtype=torch.bfloat16)
+    alone, padded = torch.empty(2, 64, 32 * 128, device=cuda, dtype=torch.bfloat16).unbind()
+    hopper_decode_attention(q[:40], kv, step.batch, 0.1, alone[:40])
+    tables, lens = step.batch.block_tables, step.batch.seq_lens
+    more = replace(
+        step.batch,
+        block_tables=torch.cat((tables, tables[:24])),
+        seq_lens=torch.cat((lens, torch.zeros_like(lens[:24]))),
+        num_decodes=64,
+    )
+    hopper_decode_attention(q, kv, more, 0.1, padded)
+    assert torch.equal(alone[:40], padded[:40]) and padded[40:].eq(0).all()
 
 
 @pytest.mark.gpu

@@ -42,7 +42,7 @@ multiply_add_norm(x, half(512, 512), None, x, norm, 1e-5, cut)
 
 step, slots, floats = step_kernels_unchecked(), torch.zeros(17, 64, dtype=torch.int32), torch.zeros(16)
 logits = torch.zeros(16, 1024)
-step.gather(ints, slots, ints, slots, 16), step.append(ints, ints, ints, slots, ints, 16)
+step.gather(ints, slots, ints, slots, 16, 16), step.append(ints, ints, ints, slots, ints, 16)
 step.best_tokens(logits), step.chosen_logprobs(logits, ints), step.add_bias(logits, ints, ints, floats)
 step.draw(logits, floats, ints, ints, ints, floats, ints, floats, floats)
 for columns in (None, DrawColumns(floats, floats, floats, ints, ints)):

@@ -186,6 +186,8 @@ def test_slots_are_gathered_and_moved_on_as_torch_does_it(device: torch.device) 
         assert mine.order.tolist() == torch.argsort(expected.lengths, descending=True, stable=True).tolist()
         for field in [field for field in fields(expected) if field.name != "order"]:
             part, wanted = getattr(mine, field.name), getattr(expected, field.name)
+            if field.name == "seq_lens":  # nothing is to be attended for the slot that is nobody's
+                wanted = torch.where(where == 6, 0, wanted).to(wanted.dtype)
             assert part.dtype is wanted.dtype
             assert torch.equal(part, wanted), field.name
         for tensors in pair:
