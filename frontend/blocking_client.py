@@ -9,6 +9,7 @@ import asyncio
 import queue
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -165,10 +166,10 @@ class Client:
         start: Callable[..., AsyncGenerator[RequestOutput, None]],
     ) -> list[RequestOutput]:
         count = len(prompts)
-        every_params = [
-            p.replace(output_kind=RequestOutputKind.FINAL_ONLY) for p in per_prompt("params", params, count)
-        ]
-        with _Bar(count, use_tqdm) as bar:
+        asked = per_prompt("params", params, count)
+        final = {id(p): p.of_kind(RequestOutputKind.FINAL_ONLY) for p in asked}
+        every_params = [final[id(p)] for p in asked]
+        with _Bar(count) if use_tqdm else nullcontext() as bar:
 
             async def one(place: int) -> RequestOutput:
                 async with room:
@@ -193,14 +194,15 @@ async def _final(
     prompt: Any,
     params: SamplingParams,
     terms: dict[str, Any],
-    bar: _Bar,
+    bar: _Bar | None,
 ) -> RequestOutput:
     """The last output of one request; waits and tries again while the engine has no room."""
     while True:
         try:
             async for output in start(prompt, params, **terms):
                 if output.finished:
-                    bar.done(output)
+                    if bar is not None:
+                        bar.done(output)
                     return output
         except Overloaded as error:
             await asyncio.sleep(error.retry_after or 1.0)
@@ -242,9 +244,9 @@ def per_prompt(name: str, value: Any, count: int) -> list[Any]:
 
 
 class _Bar:
-    """The progress bar of a `generate` call; silent unless asked for."""
+    """The progress bar of a `generate` call."""
 
-    def __init__(self, count: int, shown: bool) -> None:
+    def __init__(self, count: int) -> None:
         self._tokens = 0
         self._start = time.monotonic()
         self._progress = Progress(
@@ -254,7 +256,6 @@ class _Bar:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[speed]:,.0f} tokens/s"),
-            disable=not shown,
         )
         self._task = self._progress.add_task("generate", total=count, speed=0.0)
 

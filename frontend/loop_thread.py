@@ -11,6 +11,8 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+import uvloop
+
 from ..protocol.errors import EngineDead
 
 T = TypeVar("T")
@@ -23,7 +25,7 @@ class LoopThread:
     """
 
     def __init__(self, name: str, epitaph: str) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()
         self._epitaph = epitaph
         self._handing_over = threading.Lock()  # nothing is handed to the loop once it is being closed
         self._closed = False
