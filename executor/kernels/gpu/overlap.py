@@ -2,9 +2,9 @@
 
 Owns where that can be done, and the two instructions of it; must not know any kernel. The start of a kernel costs a
 microsecond or more, as much as the smaller ones of a decode step take. So each is launched early: it says that the next
-may be, then waits until all in front have ended and what they wrote is there. Before that it may read only what was there
-when the last kernel without such a launch began, which is a step's embedding: the weights, what a step is told of its
-rows, and what earlier steps have cached.
+may be, then waits until all in front have ended and what they wrote is there. Before that it may read only what was
+written before the last kernel without such a launch, which is a step's embedding: the weights, what a step is told of
+its rows, and what earlier steps have cached.
 """
 
 from __future__ import annotations
