@@ -77,7 +77,8 @@ def make_case(name: str, layer: Layer, rows: int, table: LinearTable, device: to
 
 
 def call_of(layer: Layer, rows: int, device: torch.device, dtype: torch.dtype) -> Callable[[Backend, Linear], Tensor]:
-    """The operation of `layer` on random rows, as a function of the backend and the linear layer."""
+    """The operation of `layer` on random rows, as a function of the backend and the linear layer. A residual is a copy,
+    made in the same time: the sum may be put in its place."""
     x, residual = _random(rows, layer.ins, device, dtype), _random(rows, layer.outs, device, dtype)
     norm = torch.ones(layer.outs, device=device, dtype=dtype)
 
@@ -85,7 +86,7 @@ def call_of(layer: Layer, rows: int, device: torch.device, dtype: torch.dtype) -
         if layer.operation == "linear_silu_mul":
             return backend.linear_silu_mul(linear, x)
         if layer.operation == "linear_add_norm":
-            return backend.linear_add_norm(linear, x, residual, norm, 1e-5)[0]
+            return backend.linear_add_norm(linear, x, residual.clone(), norm, 1e-5)[0]
         return linear(x, None, layer.out_dtype)
 
     return call

@@ -136,6 +136,6 @@ class Backend(Protocol):
         self, linear: Linear, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         """`linear(x, residual)` in the residual's dtype, and its `rms_norm`: (norm, sum), both [T, out]. The sum may be
-        put where the residual was."""
+        put where the residual was, which is not `x`."""
         total = linear(x, residual)
         return self.rms_norm(total, weight, eps), total

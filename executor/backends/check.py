@@ -124,7 +124,7 @@ def _make_inputs(device: torch.device, dtype: torch.dtype) -> _Inputs:
 
 def _add_norm(backend: Backend, given: _Inputs) -> tuple[Tensor, ...]:
     linear = backend.linear(given.weight[:HIDDEN].contiguous())
-    return backend.linear_add_norm(linear, given.hidden, given.hidden, given.norm, 1e-5)
+    return backend.linear_add_norm(linear, given.hidden, given.hidden.flip(0), given.norm, 1e-5)
 
 
 def _rotate(backend: Backend, given: _Inputs) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.gpu.linear import multiply, multiply_add_norm, multiply_silu_mul
 from ..kernels.gpu.linear_plan import Plan
-from ..kernels.gpu.linear_table import BUCKETS, LinearTable, Operation, bucket
+from ..kernels.gpu.linear_table import LinearTable, Operation, bucket
 from ..kernels.gpu.norm import add_rms_norm, rms_norm
 from ..kernels.gpu.silu import silu_mul
 from .torch import TorchLinear
@@ -43,12 +43,12 @@ class TritonLinear:
         return self.multiply_silu_mul(self._plan("linear_silu_mul", x), x)
 
     def add_norm(self, x: Tensor, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(norm, sum) as of `Backend.linear_add_norm`."""
-        if x.shape[0] > BUCKETS[-1] and self.bias is None:
-            # cuBLAS adds to what is there, so the product itself is neither written nor read.
-            total = residual.addmm_(x, self.weight.t())
-            return rms_norm(total, norm, eps), total
-        return self.multiply_add_norm(self._plan("linear_add_norm", x), x, residual, norm, eps)
+        """(norm, sum) as of `Backend.linear_add_norm`, the sum in the residual's memory where cuBLAS makes it."""
+        plan = self._plan("linear_add_norm", x)
+        if plan is not None or self.bias is not None:
+            return self.multiply_add_norm(plan, x, residual, norm, eps)
+        total = residual.addmm_(x, self.weight.t())  # so the product itself is neither written nor read
+        return rms_norm(total, norm, eps), total
 
     # ---- the same by a given plan; None is cuBLAS with the kernel of what follows ---------------------------------
 

@@ -116,14 +116,14 @@ def test_products_of_a_model_are_measured_once_and_then_done_as_the_table_says(
     backend = TritonBackend(load_table(path), path)
     linear = backend.linear(randn(1024, 1024, device=cuda, seed=1, dtype=torch.bfloat16) / 32)
     float32 = backend.linear(randn(1024, 1024, device=cuda, seed=1, dtype=torch.float32))
-    before = backend.linear_add_norm(linear, x, x, norm, 1e-5)
+    before = backend.linear_add_norm(linear, x, x.clone(), norm, 1e-5)
     float32(x.float())
     list(backend.tune(60))
     measured = load_table(path).plans
     assert {(product.operation, product.rows) for product in measured} == {
         ("linear_add_norm", rows) for rows in (1, 16, 32, 64)
     }
-    for mine, expected in zip(backend.linear_add_norm(linear, x, x, norm, 1e-5), before, strict=True):
+    for mine, expected in zip(backend.linear_add_norm(linear, x, x.clone(), norm, 1e-5), before, strict=True):
         assert_close(mine, expected)
     assert not list(tune([linear], load_table(path), 60))
 
@@ -136,10 +136,21 @@ def test_a_backend_with_a_table_gives_what_one_without_gives(device: torch.devic
         results = []
         for backend in (TritonBackend(table), TritonBackend()):
             linear = backend.linear(weight)
-            joined = backend.linear_add_norm(linear, x, residual[: len(x)], norm, 1e-5)
+            joined = backend.linear_add_norm(linear, x, residual[: len(x)].clone(), norm, 1e-5)
             results.append((linear(x), linear(x, residual[: len(x)]), backend.linear_silu_mul(linear, x), *joined))
         for mine, expected in zip(*results, strict=True):
             assert_close(mine, expected)
+
+
+def test_cublas_adds_to_the_residual_where_it_is(device: torch.device) -> None:
+    backend = TritonBackend()
+    x, residual = randn(300, 48, device=device, seed=3), randn(300, 64, device=device, seed=2)
+    weight, norm = randn(64, 48, device=device, seed=1) * 48**-0.5, torch.ones(64, device=device).half()
+    expected = REFERENCE.linear_add_norm(REFERENCE.linear(weight), x, residual, norm, 1e-5)
+    mine = backend.linear_add_norm(backend.linear(weight), x, residual, norm, 1e-5)
+    for part, wanted in zip(mine, expected, strict=True):
+        assert_close(part, wanted)
+    assert mine[1].data_ptr() == residual.data_ptr()
 
 
 def test_where_measuring_fails_that_is_told_and_products_stay_as_they_were(
