@@ -139,5 +139,5 @@ def _finish(out, means, sizes, arrivals, item, top, total, mixed, KV_HEADS: gl.c
 
 @gluon.jit
 def _place_of(program, first):
-    """Where a program leaves a part: it may have two, one whose item begins with it, and one that goes on."""
+    """Where a program leaves a part. It may have two: of an item that it begins, and of one that others began."""
     return 2 * program + gl.where(program == first, 1, 0)
