@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..kernels.gpu import attention_hopper, attention_hopper_decode
 from ..kernels.gpu.attention_decode import decode_attention
-from ..kernels.gpu.attention_hopper import hopper_attention, is_hopper
+from ..kernels.gpu.attention_hopper import hopper_attention
 from ..kernels.gpu.attention_hopper_decode import hopper_decode_attention
 from ..kernels.gpu.attention_prefill import prefill_attention
+from ..kernels.gpu.card import is_hopper
 from ..kernels.gpu.failures import LAUNCH_FAILURES
 from .base import KVLayer, StepBatch
 from .check import TOLERANCE, relative_difference

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.gpu.attention_decode import decode_attention
-from ..kernels.gpu.attention_hopper import is_hopper
 from ..kernels.gpu.attention_prefill import prefill_attention
 from ..kernels.gpu.attention_tiles import unsupported
+from ..kernels.gpu.card import is_hopper
 from ..kernels.gpu.linear_table import LinearTable
 from ..kernels.gpu.norm import add_rms_norm, rms_norm
 from ..kernels.gpu.rope import rope_and_cache, write_kv

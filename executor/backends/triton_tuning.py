@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..kernels.gpu.card import is_hopper, processors
 from ..kernels.gpu.failures import LAUNCH_FAILURES
 from ..kernels.gpu.linear_plan import Plan
 from ..kernels.gpu.linear_table import BUCKETS, MEASURED, LinearTable, Operation, Product, bucket, candidates, fastest
@@ -67,12 +68,13 @@ def tune(linears: Sequence[TritonLinear], table: LinearTable, most_rows: int) ->
     trials = list(_trials(linears, table, most_rows))
     if not trials:
         return 0
-    processors = torch.cuda.get_device_properties(trials[0].x.device).multi_processor_count
-    hopper = torch.cuda.get_device_capability(trials[0].x.device)[0] == 9
+    device = trials[0].x.device
     attempts: list[Attempt] = []
     for trial in trials:
         expected = trial.run(trial.linears[0], None)  # here: each thread that asks cuBLAS costs workspace for ever
-        attempts += ((trial, expected, plan) for plan in candidates(trial.product, processors, hopper))
+        attempts += (
+            (trial, expected, plan) for plan in candidates(trial.product, processors(device), is_hopper(device))
+        )
     right = yield from _right_plans(attempts)
     for done, trial in enumerate(trials, 1):
         launches = min(LAUNCHES, MEASURED_BYTES // trial.linears[0].weight.nbytes)

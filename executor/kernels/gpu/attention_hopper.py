@@ -11,27 +11,24 @@ Written in Gluon, the layer of Triton in which warps, copies and matrix products
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...backends.base import KVLayer, StepBatch
 from .attention_hopper_feed import FIELDS, feed
 from .attention_hopper_rows import attend
-from .attention_splits import processors
 from .attention_tiles import score_factors
+from .card import processors
+from .hopper_copies import can_copy, copied, copied_pages
 from .hopper_language import barriers
 from .sizes import power_of_two
 
-HEAD_SIZE = 128
 ROWS = 128  # of a tile of queries
 KEYS = 128  # of a tile of keys
-CHUNK = 16  # keys of one copy
 STAGES = 2  # tiles of keys under way, and of values
 SLOTS = 2  # tiles of queries under way
 LEAST_USE = 0.6  # of a tile's rows, where a group does not fill the power of two that is copied
@@ -40,25 +37,11 @@ LEAST_TOKENS = 512  # of a row, on average: an item of few keys is mostly its be
 REGISTERS, FEED_REGISTERS = 240, 24  # of a thread that computes, and of one that feeds
 
 
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
-
-
 def fits(q: Tensor, kv: KVLayer, window: int | None, soft_cap: float | None) -> bool:
     """Whether the kernel can attend with `q` [T, Hq, D] over `kv`, and well."""
-    _, kv_heads, block_size, head_size = kv.keys.shape
-    group = q.shape[1] // kv_heads
+    group = q.shape[1] // kv.keys.shape[1]
     pack = power_of_two(group)
-    return (
-        q.dtype in (torch.bfloat16, torch.float16)
-        and head_size == HEAD_SIZE
-        and block_size % CHUNK == 0
-        and pack <= ROWS // 2
-        and group >= LEAST_USE * pack
-        and not window
-        and not soft_cap
-    )
+    return can_copy(q, kv, window, soft_cap) and pack <= ROWS // 2 and group >= LEAST_USE * pack
 
 
 def pays(q: Tensor, kv: KVLayer, batch: StepBatch) -> bool:
@@ -75,20 +58,18 @@ def hopper_attention(q: Tensor, kv: KVLayer, batch: StepBatch, scale: float, out
     Raises `ValueError` for a scale that is not positive.
     """
     tokens, heads, head_size = q.shape
-    num_blocks, kv_heads, block_size, _ = kv.keys.shape
+    _, kv_heads, block_size, _ = kv.keys.shape
     group = heads // kv_heads
     pack = power_of_two(group)
     factor, _ = score_factors(scale, None)
     first, rows = batch.num_decodes, batch.seq_lens.shape[0]
     most_tiles = (tokens - first) // (ROWS // pack) + rows - first  # as `attention_prefill.first_tile` counts them
     items = most_tiles * kv_heads
-    pages = num_blocks * kv_heads * block_size
+    keys, values, lines = copied_pages(kv)
     _hopper_prefill[(min(items, processors(q.device)),)](
         copied(q, (tokens, heads, head_size), (ROWS // pack, pack, head_size)),
-        copied(kv.keys, (pages, head_size), (CHUNK, head_size)),
-        copied(kv.values, (pages, head_size), (CHUNK, head_size)),
-        out, batch.block_tables, batch.query_start, batch.seq_lens, _counter(q.device),
-        factor, first, rows, most_tiles, items, batch.block_tables.stride(0), pages,
+        keys, values, out, batch.block_tables, batch.query_start, batch.seq_lens, _counter(q.device),
+        factor, first, rows, most_tiles, items, batch.block_tables.stride(0), lines,
         KV_HEADS=kv_heads, GROUP=group, PACK=pack, HEAD=head_size, BLOCK_SIZE=block_size, TILE=ROWS, KEYS=KEYS,
         STAGES=STAGES, SLOTS=SLOTS, REGISTERS=REGISTERS, FEED_REGISTERS=FEED_REGISTERS, num_warps=4,
     )  # fmt: skip
@@ -98,31 +79,6 @@ def hopper_attention(q: Tensor, kv: KVLayer, batch: StepBatch, scale: float, out
 def _counter(device: torch.device) -> Tensor:
     """See `attention_hopper_feed.feed`: each launch leaves it at zero."""
     return torch.zeros(2, dtype=torch.int32, device=device)
-
-
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """As much of a tensor as a descriptor asks for: one that is kept must not keep the memory."""
-
-    address: int
-    dtype: torch.dtype
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
-def copied(tensor: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> TensorDescriptor:
-    """What the engine for copies has to know of `tensor`, contiguous, seen as `shape`, to copy a `block` of it."""
-    return _descriptor(tensor.data_ptr(), tensor.dtype, shape, block)
-
-
-@functools.lru_cache(maxsize=1024)  # keys and values of all layers, and queries, whose memory is mostly the same
-def _descriptor(address: int, dtype: torch.dtype, shape: tuple[int, ...], block: tuple[int, ...]) -> TensorDescriptor:
-    strides = [1]
-    for size in shape[:0:-1]:
-        strides.insert(0, strides[0] * size)
-    layout = gl.NVMMASharedLayout(128, 8 * dtype.itemsize, rank=len(shape))
-    return TensorDescriptor(_Memory(address, dtype), list(shape), strides, list(block), layout)
 
 
 @gluon.jit(do_not_specialize=["first_row", "rows", "most_tiles", "num_items", "table_stride", "behind"])

@@ -20,17 +20,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from ...backends.base import KVLayer, StepBatch
-from .attention_hopper import copied
 from .attention_hopper_decode_feed import feed_rows
 from .attention_hopper_decode_rows import attend_rows
-from .attention_hopper_feed import CHUNK, FIELDS
-from .attention_splits import processors
+from .attention_hopper_feed import FIELDS
 from .attention_tiles import score_factors
+from .card import processors
+from .hopper_copies import can_copy, copied, copied_pages
 from .hopper_language import barriers, control
 from .overlap import overlapped
 from .sizes import power_of_two
 
-HEAD_SIZE = 128
 ROWS = 64  # of a tile of queries, the fewest that the matrix units take: a group's heads, and zeros
 LEAST_MEMBERS, MOST_MEMBERS = 8, 16  # heads of a group that are copied: a power of two, and what is there behind them
 KEYS = 64  # of a tile of keys
@@ -42,15 +41,7 @@ FEED_REGISTERS = 96  # of a thread that feeds
 
 def fits(q: Tensor, kv: KVLayer, window: int | None, soft_cap: float | None) -> bool:
     """Whether the kernel can attend with `q` [T, Hq, D] over `kv`."""
-    _, kv_heads, block_size, head_size = kv.keys.shape
-    return (
-        q.dtype in (torch.bfloat16, torch.float16)
-        and head_size == HEAD_SIZE
-        and block_size % CHUNK.value == 0
-        and q.shape[1] // kv_heads <= MOST_MEMBERS
-        and not window
-        and not soft_cap
-    )
+    return can_copy(q, kv, window, soft_cap) and q.shape[1] // kv.keys.shape[1] <= MOST_MEMBERS
 
 
 def pays(q: Tensor, kv: KVLayer, batch: StepBatch) -> bool:
@@ -65,18 +56,16 @@ def hopper_decode_attention(q: Tensor, kv: KVLayer, batch: StepBatch, scale: flo
     Raises `ValueError` for a scale that is not positive.
     """
     tokens, heads, head_size = q.shape
-    num_blocks, kv_heads, block_size, _ = kv.keys.shape
-    group, pages, programs = heads // kv_heads, num_blocks * kv_heads * block_size, processors(q.device)
+    _, kv_heads, block_size, _ = kv.keys.shape
+    group, programs = heads // kv_heads, processors(q.device)
     factor, _ = score_factors(scale, None)
+    keys, values, lines = copied_pages(kv)
     means = torch.empty((programs, 2, group, head_size), dtype=torch.float32, device=q.device)
     sizes = torch.empty((programs, 2, group), dtype=torch.float32, device=q.device)
-    chunk = (CHUNK.value, head_size)
     _hopper_decode[(programs,)](
         copied(q, (tokens * heads, head_size), (max(LEAST_MEMBERS, power_of_two(group)), head_size)),
-        copied(kv.keys, (pages, head_size), chunk),
-        copied(kv.values, (pages, head_size), chunk),
-        out, batch.block_tables, batch.seq_lens, means, sizes, _arrivals(q.device),
-        factor, batch.num_decodes, batch.block_tables.stride(0), pages,
+        keys, values, out, batch.block_tables, batch.seq_lens, means, sizes, _arrivals(q.device),
+        factor, batch.num_decodes, batch.block_tables.stride(0), lines,
         KV_HEADS=kv_heads, GROUP=group, HEAD=head_size, BLOCK_SIZE=block_size, TILE=ROWS, KEYS=KEYS,
         STAGES=STAGES, SLOTS=SLOTS, FEED_REGISTERS=FEED_REGISTERS, num_warps=4, **overlapped(),
     )  # fmt: skip
@@ -84,7 +73,7 @@ def hopper_decode_attention(q: Tensor, kv: KVLayer, batch: StepBatch, scale: flo
 
 @functools.cache
 def _arrivals(device: torch.device) -> Tensor:
-    """See `attention_hopper_decode_rows.finish`: each launch leaves it at zero."""
+    """See `attention_hopper_decode_rows._finish`: each launch leaves it at zero."""
     return torch.zeros(processors(device), dtype=torch.int32, device=device)
 
 

@@ -13,9 +13,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .attention_prefill import first_tile, row_of_tile
+from .hopper_copies import CHUNK
 from .hopper_language import copy_async
-
-CHUNK = gl.constexpr(16)  # keys of one copy; a page holds a whole number of them
 
 # What is said of an item, in the order in which it is posted.
 ROW_START = gl.constexpr(0)  # index of the row's first token among those of the step

@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...backends.base import KVLayer, StepBatch
-from .attention_splits import choose_splits, make_parts, merge_parts, processors, store_part
+from .attention_splits import choose_splits, make_parts, merge_parts, store_part
 from .attention_tiles import Tile, absorb, load_rows, page_offsets, score_factors, soft_capped
+from .card import processors
 from .sizes import power_of_two
 
 PROGRAMS_PER_PROCESSOR = 2  # that are resident at a time

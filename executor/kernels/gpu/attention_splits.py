@@ -6,8 +6,6 @@ is attended. Flash-decoding (Dao et al., 2023).
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -25,14 +23,6 @@ def choose_splits(programs: int, resident: int, longest: int, least: int) -> int
     `programs` alone do not; but, with rows of `longest` tokens, none of less than `least`, which would cost more than
     it gains."""
     return max(1, min(resident // programs, longest // least, MAX_SPLITS))
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of `device`; 4 in Triton's interpreter."""
-    if device.type != "cuda":
-        return 4
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def make_parts(out: Tensor, tokens: int, heads: int, splits: int) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,9 @@ pytest.importorskip("triton")
 from fast_inference.executor.backends.torch import TorchBackend
 from fast_inference.executor.backends.triton import TritonBackend
 from fast_inference.executor.kernels.gpu.attention_decode import decode_attention
-from fast_inference.executor.kernels.gpu.attention_hopper import _counter, hopper_attention, is_hopper
+from fast_inference.executor.kernels.gpu.attention_hopper import _counter, hopper_attention
 from fast_inference.executor.kernels.gpu.attention_hopper_decode import _arrivals, hopper_decode_attention
+from fast_inference.executor.kernels.gpu.card import is_hopper
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 

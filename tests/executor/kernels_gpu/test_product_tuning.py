@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from fast_inference.executor.backends.triton import TritonBackend
 from fast_inference.executor.kernels.gpu.linear_plan import Plan
 from fast_inference.executor.kernels.gpu.linear_table import LinearTable, Operation, Product, candidates, load_table
 
-PROCESSORS = 4
+PROCESSORS = 4  # as the interpreter has it
 OUTS, INS = 64, 256
 
 
@@ -33,9 +32,6 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(triton_tuning, "seconds_per_launch", clock)
     monkeypatch.setattr(triton_tuning, "usable_cores", lambda: 1)  # the interpreter is not made for several threads
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    properties = SimpleNamespace(multi_processor_count=PROCESSORS)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     return launched
 
 
