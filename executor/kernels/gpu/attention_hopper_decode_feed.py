@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .attention_hopper_feed import advance, feed_tile, post
+from .attention_hopper_feed import advance, feed_tiles, post
 from .hopper_language import control, copy_async
 
 AT_ONCE = gl.constexpr(256)  # rows whose lengths are looked at together
@@ -41,20 +41,9 @@ def feed_rows(
     the newest tokens: lengths, tables and what else is in the cache were there before the step's first layer began."""
     SIZE: gl.constexpr = q_tiles.dtype.primitive_bitwidth // 8
     MEMBERS: gl.constexpr = q.block_type.shape[0]
-    programs, program = gl.num_programs(0), gl.program_id(0)
-    total = 0
-    for first in range(0, rows, AT_ONCE):
-        total += gl.sum(_tiles_of(seq_lens, first, rows, KEYS), 0)
-    total *= KV_HEADS
-    share = total // programs
-    more = total - share * programs  # programs that have one tile more than `share`, the first ones
-    at = program * share + gl.minimum(program, more)
-    end = at + share + gl.where(program < more, 1, 0)
-    row, before = _row_at(seq_lens, at, end, rows, KV_HEADS, KEYS)
-    tiles = gl.maximum((gl.load(seq_lens + gl.minimum(row, rows - 1)) + KEYS - 1) // KEYS, 1)
-    kv_head = (at - before * KV_HEADS) // tiles
-    tile = (at - before * KV_HEADS) % tiles
-    ahead = STAGES + 0  # tiles that the ring has room for at once
+    at, end, share, more = _run(seq_lens, rows, KV_HEADS, KEYS)
+    row, kv_head, tile = _place(seq_lens, at, end, rows, KV_HEADS, KEYS)
+    ahead = STAGES  # tiles that the ring has room for at once
     slot = 0
     slot_phase = 0
     stage = 0
@@ -67,12 +56,10 @@ def feed_rows(
             early = gl.minimum(ahead, count - gl.where(tile + count == tiles, 1, 0))
             ahead = 0
             table = tables + row.to(gl.int64) * table_stride
-            for t in range(tile, tile + early):
-                feed_tile(
-                    keys, values, table, t * KEYS, length, kv_head, behind, stage, phase,
-                    k_tiles, v_tiles, k_full, k_free, v_full, v_free, KV_HEADS, HEAD, BLOCK_SIZE, KEYS,
-                )  # fmt: skip
-                stage, phase = advance(stage, phase, STAGES)
+            stage, phase = feed_tiles(
+                keys, values, table, tile, tile + early, length, kv_head, behind, stage, phase,
+                k_tiles, v_tiles, k_full, k_free, v_full, v_free, KV_HEADS, HEAD, BLOCK_SIZE, KEYS, STAGES,
+            )  # fmt: skip
             if OVERLAP:
                 control("griddepcontrol.wait;")
             mbarrier.wait(q_free.index(slot), slot_phase ^ 1)
@@ -83,12 +70,10 @@ def feed_rows(
             head = (row * KV_HEADS + kv_head) * GROUP
             copy_async(q, [head, 0], q_full.index(slot), q_tiles.index(slot).slice(0, MEMBERS))
             slot, slot_phase = advance(slot, slot_phase, SLOTS)
-            for t in range(tile + early, tile + count):
-                feed_tile(
-                    keys, values, table, t * KEYS, length, kv_head, behind, stage, phase,
-                    k_tiles, v_tiles, k_full, k_free, v_full, v_free, KV_HEADS, HEAD, BLOCK_SIZE, KEYS,
-                )  # fmt: skip
-                stage, phase = advance(stage, phase, STAGES)
+            stage, phase = feed_tiles(
+                keys, values, table, tile + early, tile + count, length, kv_head, behind, stage, phase,
+                k_tiles, v_tiles, k_full, k_free, v_full, v_free, KV_HEADS, HEAD, BLOCK_SIZE, KEYS, STAGES,
+            )  # fmt: skip
             at += count
         tile = 0
         kv_head += 1
@@ -103,10 +88,34 @@ def feed_rows(
 
 
 @gluon.jit
-def _tiles_of(seq_lens, first, rows, KEYS: gl.constexpr):
-    """Tiles of each of AT_ONCE rows from `first` on, for one head."""
-    row = first + gl.arange(0, AT_ONCE, gl.BlockedLayout([AT_ONCE // 32], [32], [1], [0]))
-    return (gl.load(seq_lens + row, mask=row < rows, other=0) + KEYS - 1) // KEYS
+def _run(seq_lens, rows, KV_HEADS: gl.constexpr, KEYS: gl.constexpr):
+    """This program's run: its first tile of all, and the first behind it. Also how many tiles each program has, and how
+    many programs, the first ones, have one more."""
+    programs, program = gl.num_programs(0), gl.program_id(0)
+    total = 0
+    for first in range(0, rows, AT_ONCE):
+        total += gl.sum(_tiles_of(seq_lens, first, rows, KEYS), 0)
+    total *= KV_HEADS
+    share = total // programs
+    more = total - share * programs
+    at = program * share + gl.minimum(program, more)
+    return at, at + share + gl.where(program < more, 1, 0), share, more
+
+
+@gluon.jit
+def _program_at(tile, share, more):
+    """The program whose run holds a tile, `share` and `more` as `_run` has them."""
+    longer = more * (share + 1)  # tiles of those that have one more
+    return gl.where(tile < longer, tile // (share + 1), more + (tile - longer) // gl.maximum(share, 1))
+
+
+@gluon.jit
+def _place(seq_lens, at, end, rows, KV_HEADS: gl.constexpr, KEYS: gl.constexpr):
+    """Row, head, and tile of these, of the tile `at` of all; where that is `end`, any."""
+    row, before = _row_at(seq_lens, at, end, rows, KV_HEADS, KEYS)
+    tiles = gl.maximum((gl.load(seq_lens + gl.minimum(row, rows - 1)) + KEYS - 1) // KEYS, 1)
+    within = at - before * KV_HEADS
+    return row, within // tiles, within % tiles
 
 
 @gluon.jit
@@ -134,7 +143,7 @@ def _row_at(seq_lens, at, end, rows, KV_HEADS: gl.constexpr, KEYS: gl.constexpr)
 
 
 @gluon.jit
-def _program_at(tile, share, more):
-    """The program whose run holds a tile."""
-    longer = more * (share + 1)  # tiles of those that have one more
-    return gl.where(tile < longer, tile // (share + 1), more + (tile - longer) // gl.maximum(share, 1))
+def _tiles_of(seq_lens, first, rows, KEYS: gl.constexpr):
+    """Tiles of each of AT_ONCE rows from `first` on, for one head."""
+    row = first + gl.arange(0, AT_ONCE, gl.BlockedLayout([AT_ONCE // 32], [32], [1], [0]))
+    return (gl.load(seq_lens + row, mask=row < rows, other=0) + KEYS - 1) // KEYS

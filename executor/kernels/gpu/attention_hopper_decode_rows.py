@@ -1,18 +1,18 @@
 """The part of `attention_hopper_decode` that computes: a warpgroup with a group's query heads.
 
-Owns the matrix products, the online softmax between them, the write of the result, and how parts are added up; must not
-know pages or how work is divided (`attention_hopper_decode_feed`).
+Owns what a line of the tile of queries is, the write of the result, and how parts are added up; must not know pages or
+how work is divided (`attention_hopper_decode_feed`). The way over tiles of keys is the prompts' (`attend_item`).
 """
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .attention_hopper_decode_feed import FIRST, KV_HEAD, LAST, LENGTH, ROW, START, TILES
 from .attention_hopper_feed import advance, field, read_item
-from .attention_hopper_rows import WARPS, clean, masked, step, weigh
+from .attention_hopper_rows import WARPS, attend_item
 from .hopper_language import all_threads
 
 NO_HEAD = gl.constexpr(1e30)  # the maximum of a row of the tile that is no head: all its weights are zero
@@ -30,7 +30,6 @@ def attend_rows(
     TILE: gl.constexpr = q_tiles.shape[1]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS, 16])
     MIXED: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HEAD, 16])
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, MIXED, 2)
     member = gl.arange(0, TILE, gl.SliceLayout(1, SCORES))
     slot = 0
     slot_phase = 0
@@ -41,41 +40,12 @@ def attend_rows(
     item = read_item(items, slot, WARPS)
     tiles = field(item, TILES)
     while tiles > 0:
-        q_tile = q_tiles.index(slot)
-        start = field(item, START)
         newest = gl.full([TILE], 0, gl.int32, gl.SliceLayout(1, SCORES)) + field(item, LENGTH) - 1
-        mbarrier.wait(k_full.index(stage), phase)
-        zeros = gl.zeros([TILE, KEYS], gl.float32, SCORES)
-        scoring = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, deps=[scoring])
-        mbarrier.arrive(k_free.index(stage))
         top = gl.where(member < GROUP, float("-inf"), NO_HEAD)
-        total = gl.zeros([TILE], gl.float32, gl.SliceLayout(1, SCORES))
-        mixed = gl.zeros([TILE, HEAD], gl.float32, MIXED)
-        exact, top, total, _ = weigh(masked(scores, start, newest), top, total, factor)
-        weights = gl.convert_layout(exact.to(q_tiles.dtype), WEIGHTS)
-        tile = 1
-        while tile < tiles - 1:
-            stage, phase, weights, top, total, mixed = step(
-                q_tile, k_tiles, v_tiles, k_full, k_free, v_full, v_free, stage, phase, start + tile * KEYS, newest,
-                weights, top, total, mixed, factor, TILE, KEYS, STAGES, False,
-            )  # fmt: skip
-            tile += 1
-        while tile < tiles:
-            stage, phase, weights, top, total, mixed = step(
-                q_tile, k_tiles, v_tiles, k_full, k_free, v_full, v_free, stage, phase, start + tile * KEYS, newest,
-                weights, top, total, mixed, factor, TILE, KEYS, STAGES, True,
-            )  # fmt: skip
-            tile += 1
-        mbarrier.wait(v_full.index(stage), phase)
-        written = field(item, LENGTH) - start - (tiles - 1) * KEYS
-        if written < KEYS:
-            clean(v_tiles, stage, written)
-        mixing = warpgroup_mma(weights, v_tiles.index(stage), mixed, is_async=True)
-        mixed, weights = warpgroup_mma_wait(0, deps=[mixing, weights])
-        mbarrier.arrive(v_free.index(stage))
-        stage, phase = advance(stage, phase, STAGES)
-        mbarrier.arrive(q_free.index(slot))
+        stage, phase, top, total, mixed = attend_item(
+            q_tiles.index(slot), q_free.index(slot), k_tiles, v_tiles, k_full, k_free, v_full, v_free, stage, phase,
+            field(item, START), field(item, LENGTH), newest, tiles - 1, tiles, top, factor, STAGES,
+        )  # fmt: skip
         total = gl.convert_layout(total, gl.SliceLayout(1, MIXED))
         top = gl.convert_layout(top, gl.SliceLayout(1, MIXED))
         _finish(out, means, sizes, arrivals, item, top, total, mixed, KV_HEADS, GROUP)

@@ -93,12 +93,10 @@ def feed(
             copy_async(q, [row_start + token, kv_head * GROUP, 0], q_full.index(slot), q_tiles.index(slot))
             slot, slot_phase = advance(slot, slot_phase, SLOTS)
             table = tables + row.to(gl.int64) * table_stride
-            for t in range(tiles):
-                feed_tile(
-                    keys, values, table, t * KEYS, end, kv_head, behind, stage, phase,
-                    k_tiles, v_tiles, k_full, k_free, v_full, v_free, KV_HEADS, HEAD, BLOCK_SIZE, KEYS,
-                )  # fmt: skip
-                stage, phase = advance(stage, phase, STAGES)
+            stage, phase = feed_tiles(
+                keys, values, table, 0, tiles, end, kv_head, behind, stage, phase,
+                k_tiles, v_tiles, k_full, k_free, v_full, v_free, KV_HEADS, HEAD, BLOCK_SIZE, KEYS, STAGES,
+            )  # fmt: skip
         number = following
     mbarrier.wait(q_free.index(slot), slot_phase ^ 1)
     post(items, slot, (0, 0, 0, 0, 0, 0))
@@ -109,7 +107,23 @@ def feed(
 
 
 @gluon.jit
-def feed_tile(
+def feed_tiles(
+    keys, values, table, first, last, end, kv_head, behind, stage, phase,
+    k_tiles, v_tiles, k_full, k_free, v_full, v_free,
+    KV_HEADS: gl.constexpr, HEAD: gl.constexpr, BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Copy the tiles [`first`, `last`) of a row's keys and values, from `stage` on. Returns stage and phase behind."""
+    for tile in range(first, last):
+        _feed_tile(
+            keys, values, table, tile * KEYS, end, kv_head, behind, stage, phase,
+            k_tiles, v_tiles, k_full, k_free, v_full, v_free, KV_HEADS, HEAD, BLOCK_SIZE, KEYS,
+        )  # fmt: skip
+        stage, phase = advance(stage, phase, STAGES)
+    return stage, phase
+
+
+@gluon.jit
+def _feed_tile(
     keys, values, table, start, end, kv_head, behind, stage, phase, k_tiles, v_tiles, k_full, k_free, v_full, v_free,
     KV_HEADS: gl.constexpr, HEAD: gl.constexpr, BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip

@@ -33,8 +33,6 @@ def attend(
     """Rows [HALF * ROWS, (HALF + 1) * ROWS) of each item's tile. A row is one of PACK query heads of a token, of which
     GROUP are real."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS, 16])
-    MIXED: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HEAD, 16])
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, MIXED, 2)
     row = HALF * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     slot = 0
     slot_phase = 0
@@ -48,38 +46,11 @@ def attend(
         positions = first_position + row // PACK
         whole = gl.minimum(gl.maximum((first_position + 1) // KEYS, 1), tiles)  # tiles behind them need a mask
         q_tile = q_tiles.index(slot).reshape([2 * ROWS, HEAD]).slice(HALF * ROWS, ROWS)
-        mbarrier.wait(k_full.index(stage), phase)
-        zeros = gl.zeros([ROWS, KEYS], gl.float32, SCORES)
-        scoring = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, deps=[scoring])
-        mbarrier.arrive(k_free.index(stage))
         top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-        total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
-        mixed = gl.zeros([ROWS, HEAD], gl.float32, MIXED)
-        exact, top, total, _ = weigh(masked(scores, 0, positions), top, total, factor)
-        weights = gl.convert_layout(exact.to(q_tiles.dtype), WEIGHTS)
-        tile = 1
-        while tile < whole:
-            stage, phase, weights, top, total, mixed = step(
-                q_tile, k_tiles, v_tiles, k_full, k_free, v_full, v_free, stage, phase, tile * KEYS, positions,
-                weights, top, total, mixed, factor, ROWS, KEYS, STAGES, False,
-            )  # fmt: skip
-            tile += 1
-        while tile < tiles:
-            stage, phase, weights, top, total, mixed = step(
-                q_tile, k_tiles, v_tiles, k_full, k_free, v_full, v_free, stage, phase, tile * KEYS, positions,
-                weights, top, total, mixed, factor, ROWS, KEYS, STAGES, True,
-            )  # fmt: skip
-            tile += 1
-        mbarrier.arrive(q_free.index(slot))  # for the item after the next
-        mbarrier.wait(v_full.index(stage), phase)
-        written = field(item, LENGTH) - (tiles - 1) * KEYS
-        if written < KEYS:
-            clean(v_tiles, stage, written)  # as the other warpgroup does, with the same bytes
-        mixing = warpgroup_mma(weights, v_tiles.index(stage), mixed, is_async=True)
-        mixed, weights = warpgroup_mma_wait(0, deps=[mixing, weights])
-        mbarrier.arrive(v_free.index(stage))
-        stage, phase = advance(stage, phase, STAGES)
+        stage, phase, _, total, mixed = attend_item(
+            q_tile, q_free.index(slot), k_tiles, v_tiles, k_full, k_free, v_full, v_free, stage, phase,
+            0, field(item, LENGTH), positions, whole, tiles, top, factor, STAGES,
+        )  # fmt: skip
         _store(out, item, total, mixed, KV_HEADS, GROUP, PACK, HALF)
         slot, slot_phase = advance(slot, slot_phase, SLOTS)
         mbarrier.wait(q_full.index(slot), slot_phase)
@@ -88,7 +59,57 @@ def attend(
 
 
 @gluon.jit
-def step(
+def attend_item(
+    q_tile, q_free, k_tiles, v_tiles, k_full, k_free, v_full, v_free, stage, phase,
+    start, length, positions, whole, tiles, top, factor, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Attend with `q_tile` over `tiles` tiles of keys and values, from `stage` on, and let go of the queries.
+
+    The tiles begin with token `start` of a row of `length` tokens, of which line i sees those up to `positions[i]`; all
+    lines see all of the tiles 1 to `whole` - 1. `top`: each line's maximum so far. Returns the stage and phase behind,
+    and of each line the maximum, the sum of its weights, and the weighted sum of values."""
+    ROWS: gl.constexpr = q_tile.shape[0]
+    KEYS: gl.constexpr = k_tiles.shape[1]
+    HEAD: gl.constexpr = v_tiles.shape[2]
+    SCORES: gl.constexpr = top.type.layout.parent
+    MIXED: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HEAD, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, MIXED, 2)
+    mbarrier.wait(k_full.index(stage), phase)
+    zeros = gl.zeros([ROWS, KEYS], gl.float32, SCORES)
+    scoring = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=[scoring])
+    mbarrier.arrive(k_free.index(stage))
+    total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
+    mixed = gl.zeros([ROWS, HEAD], gl.float32, MIXED)
+    exact, top, total, _ = _weigh(_masked(scores, start, positions), top, total, factor)
+    weights = gl.convert_layout(exact.to(q_tile.dtype), WEIGHTS)
+    tile = 1
+    while tile < whole:
+        stage, phase, weights, top, total, mixed = _step(
+            q_tile, k_tiles, v_tiles, k_full, k_free, v_full, v_free, stage, phase, start + tile * KEYS, positions,
+            weights, top, total, mixed, factor, ROWS, KEYS, STAGES, False,
+        )  # fmt: skip
+        tile += 1
+    while tile < tiles:
+        stage, phase, weights, top, total, mixed = _step(
+            q_tile, k_tiles, v_tiles, k_full, k_free, v_full, v_free, stage, phase, start + tile * KEYS, positions,
+            weights, top, total, mixed, factor, ROWS, KEYS, STAGES, True,
+        )  # fmt: skip
+        tile += 1
+    mbarrier.arrive(q_free)  # for the item after the next
+    mbarrier.wait(v_full.index(stage), phase)
+    written = length - start - (tiles - 1) * KEYS
+    if written < KEYS:
+        _clean(v_tiles, stage, written)  # where two warpgroups do so it is with the same bytes
+    mixing = warpgroup_mma(weights, v_tiles.index(stage), mixed, is_async=True)
+    mixed, weights = warpgroup_mma_wait(0, deps=[mixing, weights])
+    mbarrier.arrive(v_free.index(stage))
+    stage, phase = advance(stage, phase, STAGES)
+    return stage, phase, top, total, mixed
+
+
+@gluon.jit
+def _step(
     q_tile, k_tiles, v_tiles, k_full, k_free, v_full, v_free, stage, phase, start, positions,
     weights, top, total, mixed, factor,
     ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
@@ -105,8 +126,8 @@ def step(
     scores = warpgroup_mma_wait(1, deps=[scoring])
     mbarrier.arrive(k_free.index(next_stage))
     if MASKED:
-        scores = masked(scores, start, positions)
-    exact, top, total, shrink = weigh(scores, top, total, factor)
+        scores = _masked(scores, start, positions)
+    exact, top, total, shrink = _weigh(scores, top, total, factor)
     mixed, weights = warpgroup_mma_wait(0, deps=[mixing, weights])
     mbarrier.arrive(v_free.index(stage))
     mixed = mixed * gl.convert_layout(shrink, gl.SliceLayout(1, MIXED))[:, None]
@@ -115,7 +136,7 @@ def step(
 
 
 @gluon.jit
-def clean(tiles, stage, written):
+def _clean(tiles, stage, written):
     """Zeros in a tile of values for the slots that hold no token yet, from line `written` on: such a slot may hold a
     NaN, which a weight of zero does not take out of a sum."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
@@ -129,7 +150,7 @@ def clean(tiles, stage, written):
 
 
 @gluon.jit
-def weigh(scores, top, total, factor):
+def _weigh(scores, top, total, factor):
     """One step of the online softmax, as `attention_tiles.absorb` takes it, but for the weighted sum: (weights, top,
     total, what the sums so far are worth now). Every row must see something in the first tile."""
     higher = gl.maximum(top, gl.max(scores, 1) * factor)
@@ -139,7 +160,7 @@ def weigh(scores, top, total, factor):
 
 
 @gluon.jit
-def masked(scores, start, positions):
+def _masked(scores, start, positions):
     """-inf for the tokens, of which the first is `start`, that a row of `positions` does not see."""
     tokens = start + gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
     return gl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
