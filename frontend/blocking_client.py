@@ -166,9 +166,9 @@ class Client:
         start: Callable[..., AsyncGenerator[RequestOutput, None]],
     ) -> list[RequestOutput]:
         count = len(prompts)
-        asked = per_prompt("params", params, count)
-        final = {id(p): p.of_kind(RequestOutputKind.FINAL_ONLY) for p in asked}
-        every_params = [final[id(p)] for p in asked]
+        every_params = [
+            p.replace(output_kind=RequestOutputKind.FINAL_ONLY) for p in per_prompt("params", params, count)
+        ]
         with _Bar(count) if use_tqdm else nullcontext() as bar:
 
             async def one(place: int) -> RequestOutput:

@@ -6,7 +6,6 @@ Owns the fields and the check of their ranges; must not know tokenizers or tenso
 from __future__ import annotations
 
 import math
-from copy import copy
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
@@ -85,12 +84,6 @@ class SamplingParams:
     def replace(self, **changes: Any) -> SamplingParams:
         """A copy with some fields changed, checked again."""
         return replace(self, **changes)
-
-    def of_kind(self, output_kind: int) -> SamplingParams:
-        """A copy with another `output_kind`: each call that waits for its end makes one, and the rest was checked."""
-        twin = copy(self)
-        object.__setattr__(twin, "output_kind", output_kind)
-        return twin
 
 
 def _number(name: str, value: object, low: float, high: float, *, low_open: bool = False) -> None:

@@ -85,13 +85,6 @@ def test_stop_strings_need_text():
         SamplingParams(stop="x", detokenize=False)
 
 
-def test_a_copy_of_another_kind_is_the_same_but_for_that():
-    params = SamplingParams(n=2, stop="END", logit_bias={5: 1.0})
-    final = params.of_kind(RequestOutputKind.FINAL_ONLY)
-    assert final == params.replace(output_kind=RequestOutputKind.FINAL_ONLY)
-    assert params.output_kind == RequestOutputKind.CUMULATIVE
-
-
 def test_a_copy_is_checked_again():
     assert SamplingParams(temperature=0).replace(n=2) == SamplingParams(temperature=0, n=2)
     assert SamplingParams(temperature=0).greedy
