@@ -118,8 +118,8 @@ class PersistentBatch:
         for admit in admits:
             self._set_row(admit)
         slots = np.array([admit.slot for admit in admits], np.int64)
-        self.tensors.admit(slots, [a.token_ids for a in admits], [a.block_ids for a in admits])
-        self.tensors.set_draws(slots, *self.sampling.draws(slots))
+        token_rows, block_rows = [a.token_ids for a in admits], [a.block_ids for a in admits]
+        self.tensors.admit(slots, token_rows, block_rows, *self.sampling.draws(slots))
 
     def _set_row(self, admit: Admit) -> None:
         slot, known, blocks = admit.slot, len(admit.token_ids), len(admit.block_ids)

@@ -90,8 +90,7 @@ class DecodeGraphs:
     def _tell(self, padded: Int) -> None:
         """Have the slots buffer begin with `padded`."""
         if not np.array_equal(self._told[: len(padded)], padded):
-            (slots,) = self._transfer.up(padded)
-            self._slots[: len(padded)].copy_(slots)
+            self._transfer.write(padded, self._slots[: len(padded)])
             self._told[: len(padded)] = padded
 
     def _decode(self, choice: Choice, size: int) -> Tensor:

@@ -1,13 +1,14 @@
 """Steps of a few short prompts, recorded for some numbers of tokens: what a small model's first token waits for is the
 launching of its kernels, not their work.
 
-Owns the sizes, the buffers of the layout, and its padding. Unlike a decode step such a step is told where each token
+Owns the sizes, the buffer of the layout, and its padding. Unlike a decode step such a step is told where each token
 stands, in one copy. Must not know CUDA (`graph_recorder.py`) or messages.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,9 +32,26 @@ TOKENS_PER_ROW = 8  # so many rows are recorded between the two: attention is cu
 LONGEST = 1024  # tokens of a row with its cached prefix: a longer one is cut along its keys otherwise
 
 
+Numbers = TypeVar("Numbers", Int, Tensor)
+
+
 def rows_of(size: int) -> int:
     """How many rows the recording for `size` tokens has."""
     return max(FEWEST_ROWS, min(MOST_ROWS, size // TOKENS_PER_ROW))
+
+
+def _numbers_of(size: int) -> int:
+    """How many numbers tell a step of `size` tokens where they stand."""
+    return 3 * size + 6 * rows_of(size) + 1
+
+
+def _parts_of(told: Numbers, size: int) -> tuple[Numbers, Numbers, Numbers]:
+    """What they tell, as views: of each token [3, size] its position, where its id is and where its keys go; of each
+    row [5, rows] slot, length and where its logits are made, and, for rows that get a token, where it goes: slot and
+    place; where each row begins [rows + 1]. That, of an odd length, is last: kernels are made for aligned columns."""
+    rows = rows_of(size)
+    table, starts = 3 * size, 3 * size + 5 * rows
+    return told[:table].reshape(3, size), told[table:starts].reshape(5, rows), told[starts:]
 
 
 class PromptGraphs:
@@ -47,11 +65,7 @@ class PromptGraphs:
         self._recordings, self._transfer = recordings, transfer
         self._longest = min(LONGEST, batch.max_model_len)
         self.sizes = [size for size in SIZES if size <= batch.max_model_len]
-        most = SIZES[-1]
-        self._tokens = torch.zeros((3, most), dtype=torch.int64, device=device)  # positions, flat_tokens, slot_mapping
-        self._starts = torch.zeros(MOST_ROWS + 1, dtype=torch.int64, device=device)
-        # slots, seq_lens, logits_at; where the new token goes: slot, known tokens
-        self._rows = torch.zeros((5, MOST_ROWS), dtype=torch.int64, device=device)
+        self._told = torch.zeros(_numbers_of(SIZES[-1]), dtype=torch.int64, device=device)  # see `_parts_of`
 
     def plan(self, choice: Choice) -> None:
         """Have a recording made for each size. Steps that end with their logits are not recorded."""
@@ -84,24 +98,25 @@ class PromptGraphs:
         return part.slots[part.samples], recorded()
 
     def _clear(self, size: int) -> None:
-        """Make the buffers those of a step of padding."""
+        """Make the buffer that of a step of padding."""
         none = np.empty(0, np.int64)
         self._fill(size, Pass(none, none, none, none, np.empty(0, np.bool_), none), none)
 
     def _fill(self, size: int, part: Pass, lengths: Int) -> None:
-        """Put `part`, filled up with padding to `size` tokens, into the buffers: the last row gets what is left of
+        """Put `part`, filled up with padding to `size` tokens, into the buffer: the last row gets what is left of
         them, and those before it that are left over have no tokens."""
-        batch, rows, most_rows = self._batch, len(part.slots), rows_of(size)
+        batch, rows = self._batch, len(part.slots)
         scratch = batch.tensors.scratch
-        tokens = np.zeros((3, size), np.int64)
+        told = np.zeros(_numbers_of(size), np.int64)
+        tokens, table, starts = _parts_of(told, size)
         tokens[1] = scratch * batch.row_tokens
         tokens[2] = batch.num_blocks * batch.block_size
-        counts = np.zeros(most_rows, np.int64)
+        table[0], table[3], table[4] = scratch, scratch, 1
+        counts = table[1]
         counts[:rows] = part.counts
         counts[-1] = size - int(counts.sum())
-        table = np.ones((5, most_rows), np.int64)
-        table[0], table[3] = scratch, scratch
-        table[1] = counts
+        starts[1:] = counts.cumsum()
+        table[2] = np.maximum(starts[1:], 1) - 1
         if rows:
             layout = lay_out(part, batch.tables, batch.block_size, batch.row_tokens)
             used = len(layout.positions)
@@ -113,24 +128,18 @@ class PromptGraphs:
             sampled = int(part.samples.sum())
             table[0, :rows], table[1, :rows] = part.slots, layout.seq_lens
             table[3, :sampled], table[4, :sampled] = part.slots[:sampled], lengths[:sampled]
-        starts = np.concatenate((np.zeros(1, np.int64), np.cumsum(counts)))
-        table[2] = np.maximum(starts[1:], 1) - 1
-        new_tokens, new_starts, new_rows = self._transfer.up(tokens, starts, table)
-        self._tokens[:, :size].copy_(new_tokens)
-        self._starts[: most_rows + 1].copy_(new_starts)
-        self._rows[:, :most_rows].copy_(new_rows)
+        self._transfer.write(told, self._told[: len(told)])
 
     def _compute(self, choice: Choice, size: int) -> Tensor:
         """The work that is recorded."""
         tensors = self._batch.tensors
-        positions, flat_tokens, slot_mapping = self._tokens[:, :size]
-        rows = rows_of(size)
-        slots, seq_lens, logits_at, to_slots, lengths = self._rows[:, :rows]
+        (positions, flat_tokens, slot_mapping), table, starts = _parts_of(self._told[: _numbers_of(size)], size)
+        slots, seq_lens, logits_at, to_slots, lengths = table
         batch = StepBatch(
             positions=positions,
             slot_mapping=slot_mapping,
             block_tables=tensors.block_tables.index_select(0, slots),
-            query_start=self._starts[: rows + 1].to(torch.int32),
+            query_start=starts.to(torch.int32),
             seq_lens=seq_lens.to(torch.int32),
             num_decodes=0,
             max_query_len=size,

@@ -62,24 +62,42 @@ class SlotTensors:
         self._draw_integers = torch.zeros((2, slots + 1), dtype=torch.int64, device=device)
         self.all_draws = DrawColumns(*self._draw_floats, *self._draw_integers)
 
-    def admit(self, slots: Int, token_rows: list[NDArray[np.int32]], block_rows: list[NDArray[np.int32]]) -> None:
-        """The known tokens and the blocks of newly taken `slots` [A]."""
-        lengths = np.array([len(row) for row in token_rows], np.int64)
-        where, known, tokens, blocks = self._transfer.up(
-            slots, lengths, np.concatenate(token_rows), np.concatenate(block_rows)
+    def admit(
+        self,
+        slots: Int,
+        token_rows: list[NDArray[np.int32]],
+        block_rows: list[NDArray[np.int32]],
+        floats: Float,
+        integers: Int,
+    ) -> None:
+        """The known tokens and the blocks of newly taken `slots` [A], and how they draw: `floats` [3, A] temperature,
+        top_p, min_p; `integers` [2, A] top_k, seed."""
+        known = np.array([len(row) for row in token_rows], np.int64)
+        held = np.array([len(row) for row in block_rows], np.int64)
+        tokens, blocks = np.concatenate(token_rows), np.concatenate(block_rows)
+        if self.kernels is not None:
+            rows = (slots, np.cumsum(known) - known, known, np.cumsum(held) - held, held, *integers)
+            self.kernels.admit(
+                *self._transfer.up(np.stack(rows), floats, tokens, blocks),
+                max(int(known.max()), int(held.max())),
+                self.token_ids,
+                self.lengths,
+                self.block_tables,
+                self._draw_floats,
+                self._draw_integers,
+            )
+            return
+        where, new_lengths, new_floats, new_integers, new_tokens, new_blocks = self._transfer.up(
+            slots, known, floats, integers, tokens, blocks
         )
-        self.lengths.index_copy_(0, where, known)
-        for slot, row in zip(slots.tolist(), torch.split(tokens, lengths.tolist()), strict=True):
-            self.token_ids[slot, : len(row)] = row
-        if not self._transfer.shared:
-            for slot, row in zip(slots.tolist(), torch.split(blocks, [len(r) for r in block_rows]), strict=True):
-                self.block_tables[slot, : len(row)] = row
-
-    def set_draws(self, slots: Int, floats: Float, integers: Int) -> None:
-        """How `slots` [A] draw: `floats` [3, A] temperature, top_p, min_p; `integers` [2, A] top_k, seed."""
-        where, new_floats, new_integers = self._transfer.up(slots, floats, integers)
+        self.lengths.index_copy_(0, where, new_lengths)
         self._draw_floats.index_copy_(1, where, new_floats)
         self._draw_integers.index_copy_(1, where, new_integers)
+        for slot, row in zip(slots.tolist(), torch.split(new_tokens, known.tolist()), strict=True):
+            self.token_ids[slot, : len(row)] = row
+        if not self._transfer.shared:
+            for slot, row in zip(slots.tolist(), torch.split(new_blocks, held.tolist()), strict=True):
+                self.block_tables[slot, : len(row)] = row
 
     def grow(self, slots: Int, columns: Int, blocks: NDArray[np.int32]) -> None:
         """Blocks at (`slots`[i], `columns`[i]) of the tables. On a CPU the host's table has them already."""

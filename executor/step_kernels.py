@@ -1,4 +1,4 @@
-"""The kernels of a step around the model's own: gathering its rows, choosing tokens, moving slots on.
+"""The kernels of a step around the model's own: admitting requests, gathering rows, choosing tokens, moving slots on.
 
 Owns which they are and whether they are to be had on a device; must not know how they compute
 (`executor/kernels/gpu`), nor the order of things (`sampler.py`, `recorded_sampling.py`, `slot_tensors.py`). On a CPU
@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 class StepKernels:
     """As the functions of these names in `executor/kernels/gpu` say."""
 
+    admit: Callable[..., None]
     gather: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
     append: Callable[..., None]
     choose: Callable[..., Tensor]
@@ -58,9 +59,10 @@ def step_kernels(device: torch.device) -> StepKernels | None:
 
 def step_kernels_unchecked() -> StepKernels:
     """All of them, for any device that triton can run on. Raises `ImportError` without triton."""
-    from .kernels.gpu import gather, logprobs, penalties, sampling
+    from .kernels.gpu import admit, gather, logprobs, penalties, sampling
 
     return StepKernels(
+        admit=admit.admit,
         gather=gather.gather,
         append=gather.append,
         choose=sampling.choose,

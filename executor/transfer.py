@@ -43,6 +43,13 @@ class Transfer:
             for a, start in zip(arrays, starts, strict=True)
         ]
 
+    def write(self, array: NDArray[Any], target: Tensor) -> None:
+        """Copy `array` into `target`, of the same shape and type, after all that reads it in its stream's order."""
+        source = torch.from_numpy(array)
+        if not self.shared:
+            source = torch.empty(array.shape, dtype=target.dtype, pin_memory=True).copy_(source)
+        target.copy_(source, non_blocking=True)
+
     def down(self, tensor: Tensor) -> Tensor:
         """`tensor` on the host: to be read only after a `Mark` made later is done."""
         if self.shared:

@@ -189,13 +189,18 @@ def test_a_cached_prefix_is_read_in_a_recorded_step() -> None:
 def test_a_decode_step_in_which_nothing_changes_copies_nothing_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     driver, _ = serve(True, [GREEDY, PARAMS["few"], GREEDY], 1)
     copied: list[int] = []
-    up = driver.transfer.up
+    up, write = driver.transfer.up, driver.transfer.write
 
     def counted(*arrays: np.ndarray) -> list[torch.Tensor]:
         copied.append(len(arrays))
         return up(*arrays)
 
+    def counted_too(array: np.ndarray, target: torch.Tensor) -> None:
+        copied.append(1)
+        write(array, target)
+
     monkeypatch.setattr(driver.transfer, "up", counted)
+    monkeypatch.setattr(driver.transfer, "write", counted_too)
     driver.decode(6)
     assert copied == []
     driver.retire(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
 from fast_inference.executor.backends.base import KVLayer, StepBatch
@@ -165,6 +166,30 @@ def test_keys_and_values_are_written_as_they_are(device: torch.device) -> None:
     REFERENCE.write_kv(k, v, reference, batch)
     for mine_part, wanted in ((mine.keys, reference.keys), (mine.values, reference.values)):
         assert torch.equal(mine_part.nan_to_num(9.0), wanted.nan_to_num(9.0))
+
+
+@pytest.mark.parametrize("requests", (1, 3, 16))
+def test_requests_are_admitted_as_torch_does_it(requests: int, device: torch.device) -> None:
+    random = np.random.default_rng(requests)
+    known, held = random.integers(1, 3000, requests), random.integers(0, 190, requests)
+    slots = random.permutation(20)[:requests]
+    token_rows, block_rows = ([random.integers(0, 999, n, np.int32) for n in rows] for rows in (known, held))
+    floats = random.random((3, requests)).astype(np.float32)
+    integers = random.integers(-(2**62), 2**62, (2, requests))
+    pair = []
+    for kernels in (step_kernels_unchecked(), None):
+        tensors = SlotTensors(20, 3001, np.full((21, 190), 7, np.int32), 16, Transfer(device))
+        tensors.kernels = kernels
+        tensors.token_ids.fill_(5)
+        tensors.admit(slots, token_rows, block_rows, floats, integers)
+        pair.append(tensors)
+    mine, expected = pair
+    assert torch.equal(mine.token_ids, expected.token_ids)
+    assert torch.equal(mine.lengths, expected.lengths)
+    for slot, blocks in zip(slots.tolist(), block_rows, strict=True):
+        assert mine.block_tables[slot].tolist() == [*blocks.tolist(), *[7] * (190 - len(blocks))]
+    for column, wanted in zip(mine.all_draws, expected.all_draws, strict=True):
+        assert torch.equal(column, wanted)
 
 
 def test_slots_are_gathered_and_moved_on_as_torch_does_it(device: torch.device) -> None:

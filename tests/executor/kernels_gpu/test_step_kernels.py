@@ -78,12 +78,14 @@ def test_a_recorded_choice_by_kernels_is_that_by_torch(
     for own, where in ((None, torch.device("cpu")), (kernels, device)):
         tensors = SlotTensors(5, 90, np.zeros((6, 1), np.int32), 16, Transfer(where))
         tensors.kernels = own
-        tensors.token_ids.fill_(-1)
-        tensors.set_draws(
+        tensors.admit(
             np.arange(5),
+            [np.zeros(1, np.int32)] * 5,
+            [np.zeros(1, np.int32)] * 5,
             np.array([[0, 1, 0.5, 2, 1], [1, 0.9, 1, 0.5, 1], [0, 0, 0.1, 0, 0]], np.float32),
             np.array([[0, 40, 0, FEW, 1], [1, -5, 2**62, 0, 3]]),
         )
+        tensors.token_ids.fill_(-1)
         known = torch.tensor([3, 9, 1, 4, 70, 1, 1], device=where)
         logits = torch.cat((normal(5, 3), torch.zeros(2, VOCAB))).to(where)
         packed = choose(choice, logits, torch.from_numpy(slots).to(where), known, tensors)
