@@ -92,15 +92,15 @@ class SamplingColumns:
         self.vocab_size = vocab_size
         self._any_cut = any_cut
         self.choice = np.full(slots, Choice.GREEDY, np.int8)
-        self.temperature = np.zeros(slots, np.float32)
-        self.top_k = np.zeros(slots, np.int64)
-        self.top_p = np.ones(slots, np.float32)
-        self.min_p = np.zeros(slots, np.float32)
+        self._draw_floats = np.zeros((3, slots), np.float32)
+        self._draw_integers = np.zeros((2, slots), np.int64)
+        self.temperature, self.top_p, self.min_p = self._draw_floats
+        self.top_k, self.seed = self._draw_integers
+        self.top_p[:] = 1.0
         self.presence = np.zeros(slots, np.float32)
         self.frequency = np.zeros(slots, np.float32)
         self.repetition = np.ones(slots, np.float32)
         self.penalized = np.zeros(slots, np.bool_)
-        self.seed = np.zeros(slots, np.int64)
         self.min_tokens = np.zeros(slots, np.int64)
         self.logprobs = np.full(slots, -1, np.int64)
         self.prompt_logprobs = np.full(slots, -1, np.int64)
@@ -166,8 +166,7 @@ class SamplingColumns:
 
     def draws(self, slots: Int) -> tuple[Float, Int]:
         """What draws in `slots` [A] depend on: temperature, top_p and min_p [3, A], top_k and seed [2, A]."""
-        floats = np.stack((self.temperature[slots], self.top_p[slots], self.min_p[slots]))
-        return floats, np.stack((self.top_k[slots], self.seed[slots]))
+        return self._draw_floats[:, slots], self._draw_integers[:, slots]
 
     def _choice(self, slot: int) -> Choice:
         if (

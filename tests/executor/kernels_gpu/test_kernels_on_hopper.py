@@ -44,7 +44,7 @@ step, slots, floats = step_kernels_unchecked(), torch.zeros(17, 64, dtype=torch.
 logits = torch.zeros(16, 1024)
 table = torch.zeros(17, dtype=torch.int64)
 columns = torch.zeros(3, 17), table.new_zeros(2, 17)
-step.admit(ints.new_zeros(7, 2), torch.zeros(3, 2), slots[0], slots[0], 9, slots, table, slots, *columns)
+step.admit(slots[0], 2, 9, slots, table, slots, *columns)
 step.gather(ints, slots, ints, slots, 16, 16), step.append(ints, ints, ints, slots, ints, 16)
 step.best_tokens(logits), step.chosen_logprobs(logits, ints), step.add_bias(logits, ints, ints, floats)
 step.draw(logits, floats, ints, ints, ints, floats, ints, floats, floats)
