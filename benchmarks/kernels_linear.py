@@ -56,8 +56,8 @@ def linear_cases(device: torch.device, dtype: torch.dtype, tune: bool) -> Iterat
         for name, layer in layers.items():
             for rows in ROWS:
                 for source, table in tables.items():
-                    plans = table.plans_of(layer.outs, layer.ins, dtype)
-                    if source == "cuBLAS" or (layer.operation, bucket(rows) or 0) in plans:
+                    choices = table.choices_of(layer.outs, layer.ins, dtype)
+                    if source == "cuBLAS" or (layer.operation, bucket(rows) or 0) in choices:
                         yield make_case(f"{model} {name}, {rows} rows, {source}", layer, rows, table, device, dtype)
 
 

@@ -79,9 +79,10 @@ class Backend(Protocol):
     # step may be recorded as a CUDA graph and replayed for longer rows.
     recordable: bool
 
-    def tune(self, most_rows: int) -> Iterator[Piece]:
-        """Measure what is to be measured here for steps of up to `most_rows` rows, once a first step has been run. That
-        is done piece by piece, with steps in between, and may change how an operation is done, not its meaning."""
+    def tune(self, most_rows: int, most_tokens: int) -> Iterator[Piece]:
+        """Measure what is to be measured here for steps of up to `most_rows` decode rows, or `most_tokens` tokens, once
+        a first step has been run. That is done piece by piece, with steps in between, and may change how an operation
+        is done, not its meaning."""
         return iter(())
 
     def compile_calls(self, heads: int, kv: KVLayer) -> list[Callable[[], object]]:

@@ -1,4 +1,4 @@
-"""How long a kernel takes on the device: events around a graph of many launches, so that the host has no part in it.
+"""How long a kernel takes on the device: for a moment, or while it keeps the card busy and warm.
 
 Must not know any kernel.
 """
@@ -6,6 +6,7 @@ Must not know any kernel.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor
 
 REPLAYS = 7  # of which the median counts
+SETTLED = 1 / 3  # the part of a long measurement that does not count
 
 
 def seconds_per_launch(launches: Sequence[Callable[[], Tensor]], least: int) -> float:
-    """The median over `REPLAYS` of one graph that holds all `launches`, as often as it takes to have `least`."""
+    """The median over `REPLAYS` of one graph that holds all `launches`, as often as it takes to have `least`: the host
+    has no part in it."""
     side = _side_stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compiles, and lets libraries allocate what they need
@@ -40,6 +43,24 @@ def seconds_per_launch(launches: Sequence[Callable[[], Tensor]], least: int) -> 
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return statistics.median(times) / (rounds * len(launches))
+
+
+def seconds_at_length(launches: Sequence[Callable[[], Tensor]], seconds: float) -> float:
+    """The mean over the later part of `seconds` in which all `launches` are made again and again, by when the card has
+    found the clock that its power allows. For kernels that take longer than the host needs to launch them."""
+    times: list[float] = []
+    began = now = time.monotonic()
+    while not times or now - began < seconds:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for launch in launches:
+            launch()
+        end.record()
+        end.synchronize()
+        now = time.monotonic()
+        if now - began > SETTLED * seconds:
+            times.append(start.elapsed_time(end) / 1e3)
+    return statistics.fmean(times) / len(launches)
 
 
 @cache

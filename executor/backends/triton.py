@@ -41,7 +41,7 @@ class TritonBackend(TorchBackend):
     recordable = True
 
     def __init__(self, table: LinearTable | None = None, path: Path | None = None) -> None:
-        """`table`: which products are the kernel's; by default none. `path`: where it is kept."""
+        """`table`: how products are done; by default as torch does them. `path`: where it is kept."""
         super().__init__()
         self._table = LinearTable() if table is None else table
         self._path = path
@@ -50,11 +50,11 @@ class TritonBackend(TorchBackend):
         self._compiled: set[object] = set()  # attention kernels, each with what it is compiled for
         self._hopper = HopperAttention()
 
-    def tune(self, most_rows: int) -> Iterator[Piece]:
-        """Choose between product kernels and cuBLAS where that has not been done on this card yet."""
+    def tune(self, most_rows: int, most_tokens: int) -> Iterator[Piece]:
+        """Choose among product kernels and cuBLAS's algorithms where that has not been done on this card yet."""
         linears, began = list(self._linears), time.perf_counter()
         try:
-            if found := (yield from tune(linears, self._table, most_rows)):
+            if found := (yield from tune(linears, self._table, most_rows, most_tokens)):
                 log.info("%d kinds of products measured in %.1f s", found, time.perf_counter() - began)
                 if self._path is not None:
                     self._table.save(self._path)

@@ -1,36 +1,50 @@
-"""Which products of a model this project's kernels do faster than cuBLAS: measured once on a card, on its weights.
+"""How the products of a model are done fastest: measured once on a card, on its weights.
 
-Owns the inputs, the clock and the order of measurements; must not know models, or where the table is kept. It is done
-in pieces, between which the engine may run steps. All kernels are compiled first, side by side: the compiler takes far
-longer than the measuring.
+Owns the inputs and the order of measurements; must not know models, clocks, or where the table is kept. It is done in
+pieces, between which the engine may run steps. All kernels are compiled first, side by side: the compiler takes far
+longer than the measuring. Products of long prompts come last, and are measured at length: they have the card at its
+limit of power, where the algorithm that spends the least is the fastest.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..kernels.gpu.card import is_hopper, processors
+from ..kernels.gpu.cublaslt import Algorithm, algorithms
 from ..kernels.gpu.failures import LAUNCH_FAILURES
-from ..kernels.gpu.linear_plan import Plan
-from ..kernels.gpu.linear_table import BUCKETS, MEASURED, LinearTable, Operation, Product, bucket, candidates, fastest
+from ..kernels.gpu.linear_table import (
+    BUCKETS,
+    LONG,
+    LONG_FROM,
+    Choice,
+    LinearTable,
+    Product,
+    bucket,
+    candidates,
+    fastest,
+)
 from ..side_by_side import at_home_on
 from ..threads import usable_cores
 from .base import Piece
 from .check import TOLERANCE, relative_difference
-from .launch_clock import seconds_per_launch
+from .launch_clock import seconds_at_length, seconds_per_launch
 from .triton_linear import HALVES, TritonLinear
 
 log = logging.getLogger(__name__)
 
 LAUNCHES = 24  # in a graph, on as many different weights as there are
 MEASURED_BYTES = 1 << 30  # of weights, of which no graph reads many more
+FEW_ALGORITHMS, LONG_ALGORITHMS = 6, 8  # of cuBLAS that are measured, the likeliest first
+HEAT_SECONDS, LENGTH_SECONDS = 0.5, 0.2
+COMPARED = 512  # rows
 EPS = 1e-5
 PATIENCE = 0.02  # seconds for which a piece waits for the compiler
 MOST_THREADS = 16  # that compile; with more, Python's share of it leaves none to the others
@@ -49,47 +63,97 @@ class Trial:
     residual: Tensor
     norm: Tensor
 
-    def run(self, linear: TritonLinear, plan: Plan | None) -> Tensor:
-        """The operation on the weights of `linear`: None is cuBLAS with the kernel of what follows."""
+    def run(self, linear: TritonLinear, choice: Choice | None) -> Tensor:
+        """The operation on the weights of `linear`. The residual may be changed."""
         if self.product.operation == "linear_silu_mul":
-            return linear.multiply_silu_mul(plan, self.x)
+            return linear.multiply_silu_mul(choice, self.x)
         if self.product.operation == "linear":
-            return linear.multiply(plan, self.x)
-        return linear.multiply_add_norm(plan, self.x, self.residual, self.norm, EPS)[0]
+            return linear.multiply(choice, self.x)
+        return linear.multiply_add_norm(choice, self.x, self.residual, self.norm, EPS)[0]
+
+    def result(self, choice: Choice | None) -> Tensor:
+        """What the first layer gives, from inputs that stay as they are; of many rows some."""
+        result = replace(self, residual=self.residual.clone()).run(self.linears[0], choice)
+        return result[:: -(-len(result) // COMPARED)].clone()
+
+    def launches(self, choice: Choice | None) -> list[Callable[[], Tensor]]:
+        """The operation on so many layers that their weights are not in a cache."""
+        most = max(1, min(LAUNCHES, MEASURED_BYTES // self.linears[0].weight.nbytes))
+        return [partial(self.run, linear, choice) for linear in self.linears[:most]]
 
 
-Attempt = tuple[Trial, Tensor, Plan]  # what the plan's kernel must give is in the middle
+Attempt = tuple[Trial, Tensor, Choice]  # what must come out is in the middle
 
 
-def tune(linears: Sequence[TritonLinear], table: LinearTable, most_rows: int) -> Generator[Piece, None, int]:
-    """Fill `table` with the choice for every operation that `linears` were asked for, for up to `most_rows` rows, where
-    it has none yet. Yields when a piece of that is done, or has been waited for long enough; returns how many choices
-    are new."""
-    trials = list(_trials(linears, table, most_rows))
+def tune(
+    linears: Sequence[TritonLinear], table: LinearTable, most_rows: int, most_tokens: int
+) -> Generator[Piece, None, int]:
+    """Fill `table` with the choice for every operation that `linears` were asked for where it has none yet, for steps
+    of up to `most_rows` decode rows, or `most_tokens` tokens. Yields when a piece of that is done, or has been waited
+    for long enough; returns how many choices are new."""
+    largest = bucket(most_rows) or BUCKETS[-1]
+    few = list(_trials(linears, table, [rows for rows in BUCKETS if rows <= largest]))
+    many = _kinds(linears, table, LONG) if most_tokens >= LONG_FROM else []
+    total = len(few) + len(many)
+    yield from _tune_few(few, table, total)
+    rows = min(LONG, most_tokens)
+    for done, kind in enumerate(many, len(few) + 1):
+        yield from _tune_long(_trial(kind, rows), table, done, total)
+    return total
+
+
+def _tune_few(trials: Sequence[Trial], table: LinearTable, total: int) -> Generator[Piece, None, None]:
+    """Plans and algorithms for steps of few rows."""
     if not trials:
-        return 0
+        return
     device = trials[0].x.device
     attempts: list[Attempt] = []
     for trial in trials:
-        expected = trial.run(trial.linears[0], None)  # here: each thread that asks cuBLAS costs workspace for ever
+        expected = trial.result(None)  # here: each thread that asks cuBLAS costs workspace for ever
         attempts += (
             (trial, expected, plan) for plan in candidates(trial.product, processors(device), is_hopper(device))
         )
     right = yield from _right_plans(attempts)
     for done, trial in enumerate(trials, 1):
-        launches = min(LAUNCHES, MEASURED_BYTES // trial.linears[0].weight.nbytes)
-        seconds: dict[Plan | None, float] = {}
-        for choice in (None, *right.get(trial.product, [])):
-            layers = [partial(trial.run, linear, choice) for linear in trial.linears[:launches]]
-            seconds[choice] = seconds_per_launch(layers, launches)
+        choices = (None, *right.get(trial.product, []), *_right_algorithms(trial, FEW_ALGORITHMS))
+        seconds: dict[Choice | None, float] = {}
+        for choice in choices:
+            seconds[choice] = seconds_per_launch(trial.launches(choice), LAUNCHES)
         torch.cuda.empty_cache()  # the graphs' memory
-        table.plans[trial.product] = fastest(seconds)
-        log.debug("%s: %s", trial.product, {str(plan): f"{taken * 1e6:.1f} us" for plan, taken in seconds.items()})
-        yield Piece("measuring products", done, len(trials))
-    return len(trials)
+        _choose(trial.product, seconds, table)
+        yield Piece("measuring products", done, total)
 
 
-def _right_plans(attempts: Sequence[Attempt]) -> Generator[Piece, None, dict[Product, list[Plan]]]:
+def _tune_long(trial: Trial, table: LinearTable, done: int, total: int) -> Generator[Piece, None, None]:
+    """Algorithms for steps of long prompts."""
+    seconds: dict[Choice | None, float] = {}
+    seconds_at_length(trial.launches(None), HEAT_SECONDS)  # a cool card would favour whoever is first
+    for choice in (None, *_right_algorithms(trial, LONG_ALGORITHMS)):
+        seconds[choice] = seconds_at_length(trial.launches(choice), LENGTH_SECONDS)
+        yield Piece("measuring products", done - 1, total)
+    _choose(trial.product, seconds, table)
+    yield Piece("measuring products", done, total)
+
+
+def _choose(product: Product, seconds: Mapping[Choice | None, float], table: LinearTable) -> None:
+    table.choices[product] = fastest(seconds)
+    log.debug("%s: %s", product, {str(choice): f"{taken * 1e6:.1f} us" for choice, taken in seconds.items()})
+
+
+def _right_algorithms(trial: Trial, most: int) -> list[Algorithm]:
+    """Those of cuBLAS that give what its first choice gives."""
+    first, count = trial.linears[0], trial.x.shape[0]
+    if any(linear.bias is not None for linear in trial.linears):
+        return []
+    sizes = (first.out_features, first.in_features)
+    listed = algorithms(count, *sizes, first.weight.dtype, first.weight.device, most)
+    if not listed:
+        return []
+    expected = trial.result(None)
+    return [one for one in listed if _is_right((trial, expected, one))]
+
+
+def _right_plans(attempts: Sequence[Attempt]) -> Generator[Piece, None, dict[Product, list[Choice]]]:
     """The plans whose kernels compile and are right. They are compiled by other threads, and waited for in between."""
     pool = ThreadPoolExecutor(min(MOST_THREADS, usable_cores()))
     try:
@@ -100,41 +164,56 @@ def _right_plans(attempts: Sequence[Attempt]) -> Generator[Piece, None, dict[Pro
             yield Piece("compiling products", len(futures) - len(missing), len(futures))
     finally:
         pool.shutdown(cancel_futures=True)
-    right: dict[Product, list[Plan]] = {}
+    right: dict[Product, list[Choice]] = {}
     for future, (trial, _, plan) in futures.items():
         if future.result():
             right.setdefault(trial.product, []).append(plan)
     return right
 
 
-def _trials(linears: Sequence[TritonLinear], table: LinearTable, most_rows: int) -> Iterator[Trial]:
-    kinds: dict[tuple[Operation, int, int, torch.dtype], list[TritonLinear]] = {}
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """Layers that are alike, and an operation that they were asked for."""
+
+    product: Product
+    linears: Sequence[TritonLinear]
+
+
+def _kinds(linears: Sequence[TritonLinear], table: LinearTable, rows: int) -> list[_Kind]:
+    """Those that `table` has nothing about at `rows` rows."""
+    found: dict[Product, list[TritonLinear]] = {}
     for linear in linears:
         weight = linear.weight
         if weight.dtype in HALVES and weight.nbytes <= LARGEST_WEIGHT:
             for operation in sorted(linear.asked):
-                kinds.setdefault((operation, *weight.shape, weight.dtype), []).append(linear)
-    largest = bucket(most_rows) or BUCKETS[-1]
-    for (operation, outs, ins, dtype), alike in kinds.items():
-        device = alike[0].weight.device
-        for rows in BUCKETS:
-            product = Product(operation, rows, outs, ins, str(dtype).removeprefix("torch."))
-            if rows <= largest and product not in table.plans:
-                count = MEASURED.get(rows, rows)
-                x, residual = (torch.randn(count, size, device=device, dtype=dtype) for size in (ins, outs))
-                yield Trial(product, alike, x, residual, torch.ones(outs, device=device, dtype=dtype))
+                product = Product(operation, rows, *weight.shape, str(weight.dtype).removeprefix("torch."))
+                found.setdefault(product, []).append(linear)
+    return [_Kind(product, alike) for product, alike in found.items() if product not in table.choices]
+
+
+def _trials(linears: Sequence[TritonLinear], table: LinearTable, buckets: Sequence[int]) -> Iterator[Trial]:
+    for rows in buckets:
+        for kind in _kinds(linears, table, rows):
+            yield _trial(kind, rows)
+
+
+def _trial(kind: _Kind, rows: int) -> Trial:
+    """Random inputs of `rows` rows."""
+    weight = kind.linears[0].weight
+    outs, ins = weight.shape
+    x, residual = (torch.randn(rows, size, device=weight.device, dtype=weight.dtype) for size in (ins, outs))
+    return Trial(kind.product, kind.linears, x, residual, torch.ones(outs, device=weight.device, dtype=weight.dtype))
 
 
 def _is_right(attempt: Attempt) -> bool:
-    """Whether the kernel of a plan compiles, runs and gives what torch gives. Called in a thread of its own."""
-    trial, expected, plan = attempt
-    linear = trial.linears[0]
+    """Whether a choice compiles, runs and gives what torch gives. Called for plans in threads of their own."""
+    trial, expected, choice = attempt
     try:
         with at_home_on(expected.device):
-            difference = relative_difference(trial.run(linear, plan), expected)
-    except torch.cuda.OutOfMemoryError:  # no fault of the plan's
+            difference = relative_difference(trial.result(choice), expected)
+    except torch.cuda.OutOfMemoryError:  # no fault of the choice's
         raise
     except FAILURES as error:
-        log.debug("%s by %s does not run: %s", trial.product, plan, error)
+        log.debug("%s by %s does not run: %s", trial.product, choice, error)
         return False
-    return difference <= TOLERANCE[linear.weight.dtype]
+    return difference <= TOLERANCE[trial.x.dtype]

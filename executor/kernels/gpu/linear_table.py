@@ -1,7 +1,8 @@
-"""Which products go to this project's kernels, and cut how: what was fastest on this card.
+"""How each product is done: by this project's kernels, and cut how, or by which of cuBLAS's algorithms.
 
-Owns the plans worth trying, the choice among measured ones, and the file that keeps it; must not know clocks
-(`backends/triton_tuning.py` measures) or models. Products that are not in the table are cuBLAS's.
+Owns the plans worth trying, the choice among what was measured on the card, and the file that keeps it; must not know
+clocks (`backends/triton_tuning.py` measures) or models. Products that are not in the table are cuBLAS's as torch calls
+it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import torch
 import triton
 
 from ....protocol.endpoints import home
+from .cublaslt import Algorithm
+from .cublaslt import version as cublaslt_version
 from .linear_plan import Plan
 from .sizes import power_of_two
 
@@ -28,14 +31,18 @@ log = logging.getLogger(__name__)
 
 Operation = Literal["linear", "linear_silu_mul", "linear_add_norm"]
 OPERATIONS: tuple[Operation, ...] = ("linear", "linear_silu_mul", "linear_add_norm")
-BUCKETS = (1, 16, 32, 64, 128, 192, 256)  # numbers of rows for which there is a choice; each serves those below
-# Of these, numbers that stand for all: cuBLAS has tiles for any number, a plan is slower where rows are missing. Up to
-# 128 rows steps are recorded for so many rows as a plan's tile has.
-MEASURED = {192: 160, 256: 224}
+# Numbers of rows for which there is a choice; each serves those below. Up to 128 rows steps are recorded for so many
+# rows as a plan's tile has; beyond, cuBLAS has tiles for any number, and a plan is slower where rows are missing.
+BUCKETS = (1, 16, 32, 64, 128, *range(144, 257, 16))
+LONG, LONG_FROM = 8192, 4096  # rows of a long prompt's step that stand for all steps of so many or more
 SHARED_BYTES = 216 << 10  # of the tiles under way on one processor
-KERNELS = ("linear.py", "linear_hopper.py", "linear_table.py")
+KERNELS = ("linear.py", "linear_hopper.py", "linear_table.py", "cublaslt.py")
 SPLITS = (2, 3, 4, 6)
-MARGIN = 0.97  # of cuBLAS's time that a plan may take: what is closer is noise
+# Of the time of cuBLAS as torch calls it that a choice may take: what is closer is noise. Another algorithm of cuBLAS
+# is no risk.
+PLAN_MARGIN, ALGORITHM_MARGIN = 0.97, 0.99
+
+Choice = Plan | Algorithm
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +57,19 @@ class Product:
 
 
 def bucket(rows: int) -> int | None:
-    """The measured number of rows that stands for `rows`; None for more than any."""
+    """The measured number of rows that stands for `rows`, if any does."""
+    if rows >= LONG_FROM:
+        return LONG
     place = bisect_left(BUCKETS, rows)
     return BUCKETS[place] if place < len(BUCKETS) else None
 
 
 def candidates(product: Product, processors: int, hopper: bool) -> list[Plan]:
     """Plans worth measuring on a card with so many `processors`, which are `hopper`'s or not: sums are cut into parts
-    while that gives work to idle ones, and not into parts so short that adding them up would cost more."""
+    while that gives work to idle ones, and not into parts so short that adding them up would cost more. None for long
+    prompts, which are cuBLAS's."""
+    if product.rows == LONG:
+        return []
     gate = product.operation == "linear_silu_mul"
     width = product.outs // 2 if gate else product.outs
     return list(_tiled(product, width, gate, processors) if hopper else _pointed(product, width, gate, processors))
@@ -98,32 +110,40 @@ def _pointed(product: Product, width: int, gate: bool, processors: int) -> Itera
                 yield Plan(rows, outs, ins, splits, stages, warps)
 
 
-def fastest(seconds: Mapping[Plan | None, float]) -> Plan | None:
-    """The plan of the shortest time, or None, which is cuBLAS, where none is clearly faster than that."""
-    plans = {plan: taken for plan, taken in seconds.items() if plan is not None}
-    if not plans:
-        return None
-    best = min(plans, key=lambda plan: plans[plan])
-    return best if plans[best] < MARGIN * seconds[None] else None
+def fastest(seconds: Mapping[Choice | None, float]) -> Choice | None:
+    """The choice of the shortest time, or None, which is cuBLAS as torch calls it, where none is clearly faster."""
+    best, shortest = None, seconds[None]
+    for choice, taken in seconds.items():
+        margin = PLAN_MARGIN if isinstance(choice, Plan) else ALGORITHM_MARGIN
+        if choice is not None and taken < min(shortest, margin * seconds[None]):
+            best, shortest = choice, taken
+    return best
 
 
 class LinearTable:
-    """The choices for one card. `plans`: None stands for cuBLAS, measured to be faster."""
+    """The choices for one card: None stands for cuBLAS as torch calls it, measured to be as fast."""
 
-    def __init__(self, plans: dict[Product, Plan | None] | None = None) -> None:
-        self.plans = {} if plans is None else plans
+    def __init__(self, choices: dict[Product, Choice | None] | None = None) -> None:
+        self.choices = {} if choices is None else choices
 
-    def plans_of(self, outs: int, ins: int, dtype: torch.dtype) -> dict[tuple[str, int], Plan]:
-        """(operation, bucket) -> plan, for a weight [outs, ins]."""
+    def choices_of(self, outs: int, ins: int, dtype: torch.dtype) -> dict[tuple[str, int], Choice]:
+        """(operation, bucket) -> choice, for a weight [outs, ins]."""
         name = str(dtype).removeprefix("torch.")
         return {
-            (product.operation, product.rows): plan
-            for product, plan in self.plans.items()
-            if plan is not None and (product.outs, product.ins, product.dtype) == (outs, ins, name)
+            (product.operation, product.rows): choice
+            for product, choice in self.choices.items()
+            if choice is not None and (product.outs, product.ins, product.dtype) == (outs, ins, name)
         }
 
     def save(self, path: Path) -> None:
-        entries = [asdict(product) | {"plan": plan and asdict(plan)} for product, plan in self.plans.items()]
+        entries = [
+            asdict(product)
+            | {
+                "plan": asdict(choice) if isinstance(choice, Plan) else None,
+                "algorithm": choice.words if isinstance(choice, Algorithm) else None,
+            }
+            for product, choice in self.choices.items()
+        ]
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(".new")
         fresh.write_text(json.dumps(entries, indent=1))
@@ -143,16 +163,19 @@ def load_table(path: Path) -> LinearTable:
 
 
 def table_path(device: torch.device) -> Path:
-    """Where the table of `device`'s card is kept: measurements of other versions of compiler or kernels don't count."""
+    """Where the table of `device`'s card is kept: measurements of other libraries, compilers or kernels don't count."""
     kernels = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in KERNELS)).hexdigest()[:8]
-    name = f"{torch.cuda.get_device_name(device)}-torch-{torch.__version__}-triton-{triton.__version__}-{kernels}"
+    libraries = f"torch-{torch.__version__}-cublaslt-{cublaslt_version()}-triton-{triton.__version__}"
+    name = f"{torch.cuda.get_device_name(device)}-{libraries}-{kernels}"
     return home() / "linear" / (re.sub(r"[^A-Za-z0-9.+-]+", "-", name) + ".json")
 
 
-def _entry(raw: dict[str, Any]) -> tuple[Product, Plan | None]:
+def _entry(raw: dict[str, Any]) -> tuple[Product, Choice | None]:
     fields = dict(raw)
-    plan = fields.pop("plan")
+    plan, words = fields.pop("plan"), fields.pop("algorithm")
     product = Product(**fields)
     if product.operation not in OPERATIONS:
         raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {product.operation!r}")
+    if words is not None:
+        return product, Algorithm(words)
     return product, None if plan is None else Plan(**plan)

@@ -12,10 +12,14 @@ from fast_inference.executor.backends.torch import TorchBackend
 from fast_inference.executor.backends.triton import TritonBackend
 from fast_inference.executor.backends.triton_linear import TritonLinear
 from fast_inference.executor.backends.triton_tuning import tune
+from fast_inference.executor.kernels.gpu import cublaslt
+from fast_inference.executor.kernels.gpu.cublaslt import Algorithm
 from fast_inference.executor.kernels.gpu.linear import multiply, multiply_add_norm, multiply_silu_mul
 from fast_inference.executor.kernels.gpu.linear_plan import Plan
 from fast_inference.executor.kernels.gpu.linear_table import (
     BUCKETS,
+    LONG,
+    LONG_FROM,
     SHARED_BYTES,
     LinearTable,
     Operation,
@@ -118,14 +122,14 @@ def test_products_of_a_model_are_measured_once_and_then_done_as_the_table_says(
     float32 = backend.linear(randn(1024, 1024, device=cuda, seed=1, dtype=torch.float32))
     before = backend.linear_add_norm(linear, x, x.clone(), norm, 1e-5)
     float32(x.float())
-    list(backend.tune(60))
-    measured = load_table(path).plans
+    list(backend.tune(60, 60))
+    measured = load_table(path).choices
     assert {(product.operation, product.rows) for product in measured} == {
         ("linear_add_norm", rows) for rows in (1, 16, 32, 64)
     }
     for mine, expected in zip(backend.linear_add_norm(linear, x, x.clone(), norm, 1e-5), before, strict=True):
         assert_close(mine, expected)
-    assert not list(tune([linear], load_table(path), 60))
+    assert not list(tune([linear], load_table(path), 60, 60))
 
 
 def test_a_backend_with_a_table_gives_what_one_without_gives(device: torch.device) -> None:
@@ -164,7 +168,7 @@ def test_where_measuring_fails_that_is_told_and_products_stay_as_they_were(
     linear = backend.linear(randn(32, 48, device=device, seed=1) * 48**-0.5)
     x = randn(3, 48, device=device, seed=2)
     expected = linear(x)
-    list(backend.tune(16))
+    list(backend.tune(16, 16))
     assert torch.equal(linear(x), expected)
     assert len(caplog.records) == 1 and "RuntimeError: out of memory" in caplog.text
 
@@ -177,7 +181,9 @@ def test_float32_is_never_the_kernels_even_where_a_table_says_so(device: torch.d
 
 
 def test_rows_are_rounded_up_to_measured_sizes() -> None:
-    assert [bucket(rows) for rows in (1, 2, 16, 17, 130, 200, 256, 257)] == [1, 16, 16, 32, 192, 256, 256, None]
+    assert [bucket(rows) for rows in (1, 2, 16, 17, 130, 200, 256)] == [1, 16, 16, 32, 144, 208, 256]
+    assert [bucket(rows) for rows in (257, LONG_FROM - 1)] == [None, None]
+    assert [bucket(rows) for rows in (LONG_FROM, 16_384, 100_000)] == [LONG] * 3
 
 
 @pytest.mark.parametrize("hopper", (False, True))
@@ -195,6 +201,7 @@ def test_candidates_are_few_and_fit_on_the_card(operation: Operation, outs: int,
             assert plan.hopper == hopper
             assert plan.stages * (halves * plan.outs + plan.rows) * plan.ins * 2 <= SHARED_BYTES
             assert plan.splits == 1 or halves == 1
+    assert candidates(Product(operation, LONG, outs, ins, "bfloat16"), 132, hopper) == []
 
 
 def test_layers_know_what_they_were_asked_for_and_take_up_what_was_measured(device: torch.device) -> None:
@@ -205,7 +212,7 @@ def test_layers_know_what_they_were_asked_for_and_take_up_what_was_measured(devi
     x = randn(2, 48, device=device, seed=2)
     expected = backend.linear_silu_mul(linear, x)
     assert linear.asked == {"linear_silu_mul"}
-    table.plans[Product("linear_silu_mul", 16, 64, 48, "float16")] = SMALL
+    table.choices[Product("linear_silu_mul", 16, 64, 48, "float16")] = SMALL
     linear.consult(table)
     assert_close(backend.linear_silu_mul(linear, x), expected)
 
@@ -216,25 +223,102 @@ def test_a_plan_must_be_clearly_faster_than_cublas() -> None:
     assert fastest({None: 10.0}) is None
 
 
+def test_another_algorithm_of_cublas_has_to_be_a_little_faster_than_its_first(device: torch.device) -> None:
+    one, other = Algorithm("01"), Algorithm("02")
+    assert fastest({None: 10.0, one: 9.95}) is None
+    assert fastest({None: 10.0, one: 9.85, other: 9.8}) == other
+    assert fastest({None: 10.0, one: 9.8, SMALL: 9.75}) == one
+    assert fastest({None: 10.0, one: 9.8, SMALL: 9.0}) == SMALL
+
+
 def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     plans = {
         Product("linear", 1, 4096, 1024, "bfloat16"): SPLIT,
         Product("linear_silu_mul", 8, 4096, 1024, "bfloat16"): None,
+        Product("linear", LONG, 4096, 1024, "bfloat16"): Algorithm("00ff"),
     }
     path = tmp_path / "linear" / "card.json"
     LinearTable(plans).save(path)
     table = load_table(path)
-    assert table.plans == plans
-    assert table.plans_of(4096, 1024, torch.bfloat16) == {("linear", 1): SPLIT}
-    assert table.plans_of(4096, 1024, torch.float16) == {}
+    assert table.choices == plans
+    assert table.choices_of(4096, 1024, torch.bfloat16) == {("linear", 1): SPLIT, ("linear", LONG): Algorithm("00ff")}
+    assert table.choices_of(4096, 1024, torch.float16) == {}
 
 
 def test_a_missing_table_is_empty_and_a_broken_one_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert load_table(tmp_path / "none.json").plans == {}
+    assert load_table(tmp_path / "none.json").choices == {}
     assert not caplog.records
     path = tmp_path / "broken.json"
     for text in ("{", "[1]", json.dumps([{"operation": "linear", "plan": None}])):
         caplog.clear()
         path.write_text(text)
-        assert load_table(path).plans == {}
+        assert load_table(path).choices == {}
         assert "broken.json can't be used" in caplog.text
+
+
+def test_an_algorithm_of_cublas_serves_a_product_and_what_follows_it(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[Algorithm] = []
+
+    def by_torch(x: Tensor, weight: Tensor, algorithm: Algorithm, residual: Tensor | None = None) -> Tensor:
+        done.append(algorithm)
+        product = x @ weight.T
+        return product if residual is None else residual.add_(product)
+
+    monkeypatch.setattr(cublaslt, "multiply", by_torch)
+    chosen = Algorithm("07")
+    table = LinearTable({Product(operation, 16, 64, 48, "float16"): chosen for operation in OPERATIONS})
+    x, weight = randn(9, 48, device=device, seed=1), randn(64, 48, device=device, seed=2) * 48**-0.5
+    residual, norm = randn(9, 64, device=device, seed=3), randn(64, device=device, seed=4)
+    backend, reference = TritonBackend(table), REFERENCE.linear(weight)
+    linear = backend.linear(weight)
+    assert_close(linear(x), reference(x))
+    assert_close(backend.linear_silu_mul(linear, x), REFERENCE.linear_silu_mul(reference, x))
+    expected = REFERENCE.linear_add_norm(reference, x, residual.clone(), norm, 1e-5)
+    for mine, wanted in zip(backend.linear_add_norm(linear, x, residual, norm, 1e-5), expected, strict=True):
+        assert_close(mine, wanted)
+    assert done == [chosen] * 3
+    # What it does not do is torch's: a residual that has to stay, another dtype, a bias.
+    assert_close(linear(x, residual), reference(x, residual))
+    assert_close(linear(x, None, torch.float32), reference(x, None, torch.float32))
+    biased = backend.linear(weight, randn(64, device=device, seed=5))
+    assert_close(biased(x), REFERENCE.linear(weight, randn(64, device=device, seed=5))(x))
+    assert done == [chosen] * 3
+
+
+def test_without_a_gpu_cublas_has_no_algorithms() -> None:
+    assert cublaslt.algorithms(8, 64, 64, torch.float16, torch.device("cpu"), 5) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", (1, 40, 136, 160, 250, 5000))
+@pytest.mark.parametrize(("outs", "ins", "dtype"), ((4096, 14336, torch.bfloat16), (1024, 3072, torch.float16)))
+def test_every_algorithm_of_cublas_is_right_also_in_a_graph(
+    rows: int, outs: int, ins: int, dtype: torch.dtype, cuda: torch.device
+) -> None:
+    x = randn(rows, ins, device=cuda, seed=1, dtype=dtype)
+    weight = randn(outs, ins, device=cuda, seed=2, dtype=dtype) * ins**-0.5
+    residual = randn(rows, outs, device=cuda, seed=3, dtype=dtype)
+    found = cublaslt.algorithms(rows, outs, ins, dtype, cuda, 8)
+    assert found
+    for algorithm in found:
+        assert_close(cublaslt.multiply(x, weight, algorithm), x @ weight.T)
+        total = residual.clone()
+        assert cublaslt.multiply(x, weight, algorithm, total) is total
+        assert_close(total, torch.addmm(residual, x, weight.T))
+    graph, total = torch.cuda.CUDAGraph(), residual.clone()
+    with torch.cuda.graph(graph):
+        cublaslt.multiply(x, weight, found[0], total)
+    for _ in range(2):
+        graph.replay()
+    assert_close(total, torch.addmm(torch.addmm(residual, x, weight.T), x, weight.T))
+
+
+@pytest.mark.gpu
+def test_an_algorithm_that_does_not_fit_is_refused(cuda: torch.device) -> None:
+    x = randn(8, 64, device=cuda, seed=1)
+    with pytest.raises(RuntimeError, match="cublasLtMatmul failed with status"):
+        cublaslt.multiply(x, randn(64, 64, device=cuda, seed=2), Algorithm("00" * 64))
+    with pytest.raises(RuntimeError, match="contiguous"):
+        cublaslt.multiply(x.T, randn(64, 8, device=cuda, seed=2), Algorithm("00" * 64))

@@ -13,8 +13,18 @@ pytest.importorskip("triton")
 
 from fast_inference.executor.backends import triton_linear, triton_tuning
 from fast_inference.executor.backends.triton import TritonBackend
+from fast_inference.executor.kernels.gpu import cublaslt
+from fast_inference.executor.kernels.gpu.cublaslt import Algorithm
 from fast_inference.executor.kernels.gpu.linear_plan import Plan
-from fast_inference.executor.kernels.gpu.linear_table import LinearTable, Operation, Product, candidates, load_table
+from fast_inference.executor.kernels.gpu.linear_table import (
+    LONG,
+    LONG_FROM,
+    LinearTable,
+    Operation,
+    Product,
+    candidates,
+    load_table,
+)
 
 PROCESSORS = 4  # as the interpreter has it
 OUTS, INS = 64, 256
@@ -50,12 +60,12 @@ def test_what_layers_were_asked_for_is_measured_on_all_of_them_and_kept(timed: l
     for layer in layers:
         backend.linear_silu_mul(layer, x.half())
     wide(x)
-    phases = {piece.phase for piece in backend.tune(1)}
+    phases = {piece.phase for piece in backend.tune(1, 1)}
     expected = {Product("linear_silu_mul", 1, OUTS, INS, "float16"): plans_of("linear_silu_mul", 1)[-1]}
-    assert load_table(path).plans == expected
+    assert load_table(path).choices == expected
     assert timed == [3] * (1 + len(plans_of("linear_silu_mul", 1)))
     assert {"compiling products", "measuring products"} == phases
-    assert not list(backend.tune(1))
+    assert not list(backend.tune(1, 1))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device, which measures itself")
@@ -74,8 +84,8 @@ def test_plans_that_fail_or_are_wrong_are_left_out(timed: list[int], monkeypatch
     backend = TritonBackend(table)
     layer = backend.linear(torch.randn(OUTS, INS).half() / 16)
     layer(torch.randn(1, INS).half())
-    list(backend.tune(1))
-    assert list(table.plans.values()) == [second]
+    list(backend.tune(1, 1))
+    assert list(table.choices.values()) == [second]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device, which measures itself")
@@ -90,5 +100,41 @@ def test_a_lack_of_memory_is_no_fault_of_a_plan(
     backend = TritonBackend(table)
     layer = backend.linear(torch.randn(OUTS, INS).half())
     layer(torch.randn(1, INS).half())
-    list(backend.tune(1))
-    assert not table.plans and "full" in caplog.text
+    list(backend.tune(1, 1))
+    assert not table.choices and "full" in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device, which measures itself")
+def test_algorithms_of_cublas_are_measured_with_the_plans_and_for_long_prompts_at_length(
+    timed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, wrong, last = (Algorithm(words) for words in ("01", "02", "03"))
+    asked: list[int] = []
+
+    def listed(rows: int, outs: int, ins: int, dtype: torch.dtype, device: torch.device, most: int) -> list[Algorithm]:
+        asked.append(rows)
+        return [first, wrong, last] if rows > 1 else []
+
+    def multiply(x: torch.Tensor, weight: torch.Tensor, algorithm: Algorithm) -> torch.Tensor:
+        return x @ weight.T + (1 if algorithm == wrong else 0)
+
+    at_length = {"seconds": 0}
+
+    def clock(launches: list[object], seconds: float) -> float:
+        at_length["seconds"] += 1
+        return 1.0 / at_length["seconds"]
+
+    monkeypatch.setattr(triton_tuning, "seconds_at_length", clock)
+    monkeypatch.setattr(triton_tuning, "algorithms", listed)
+    monkeypatch.setattr(cublaslt, "multiply", multiply)
+    table = LinearTable()
+    backend = TritonBackend(table)
+    layer = backend.linear(torch.randn(OUTS, INS).half() / 16)
+    layer(torch.randn(1, INS).half())
+    pieces = list(backend.tune(2, LONG_FROM))
+    assert asked == [1, 16, LONG_FROM]
+    chosen = {product.rows: choice for product, choice in table.choices.items()}
+    assert chosen == {1: plans_of("linear", 1)[-1], 16: last, LONG: last}
+    assert at_length["seconds"] == 4  # once to warm up, cuBLAS as torch calls it, the two that are right
+    assert (pieces[-1].done, pieces[-1].total) == (3, 3)
+    assert not list(backend.tune(2, LONG_FROM))
