@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from ...backends.base import KVLayer, StepBatch
 from .attention_hopper_decode_feed import feed_rows
@@ -30,8 +29,8 @@ from .hopper_language import barriers, control
 from .overlap import overlapped
 from .sizes import power_of_two
 
-ROWS = 64  # of a tile of queries, the fewest that the matrix units take: a group's heads, and zeros
-LEAST_MEMBERS, MOST_MEMBERS = 8, 16  # heads of a group that are copied: a power of two, and what is there behind them
+# Heads of a tile of queries: a group's, and what lies behind them up to a power of two. The units take no fewer.
+LEAST_MEMBERS, MOST_MEMBERS = 8, 16
 KEYS = 64  # of a tile of keys
 STAGES = 3  # tiles of keys and values under way
 SLOTS = 2  # tiles of queries under way
@@ -62,11 +61,12 @@ def hopper_decode_attention(q: Tensor, kv: KVLayer, batch: StepBatch, scale: flo
     keys, values, lines = copied_pages(kv)
     means = torch.empty((programs, 2, group, head_size), dtype=torch.float32, device=q.device)
     sizes = torch.empty((programs, 2, group), dtype=torch.float32, device=q.device)
+    members = max(LEAST_MEMBERS, power_of_two(group))
     _hopper_decode[(programs,)](
-        copied(q, (tokens * heads, head_size), (max(LEAST_MEMBERS, power_of_two(group)), head_size)),
+        copied(q, (tokens * heads, head_size), (members, head_size)),
         keys, values, out, batch.block_tables, batch.seq_lens, means, sizes, _arrivals(q.device),
         factor, batch.num_decodes, batch.block_tables.stride(0), lines,
-        KV_HEADS=kv_heads, GROUP=group, HEAD=head_size, BLOCK_SIZE=block_size, TILE=ROWS, KEYS=KEYS,
+        KV_HEADS=kv_heads, GROUP=group, HEAD=head_size, BLOCK_SIZE=block_size, KEYS=KEYS,
         STAGES=STAGES, SLOTS=SLOTS, FEED_REGISTERS=FEED_REGISTERS, num_warps=4, **overlapped(),
     )  # fmt: skip
 
@@ -80,16 +80,19 @@ def _arrivals(device: torch.device) -> Tensor:
 @gluon.jit(do_not_specialize=["rows", "table_stride", "behind"])
 def _hopper_decode(
     q, keys, values, out, tables, seq_lens, means, sizes, arrivals, factor, rows, table_stride, behind,
-    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD: gl.constexpr, BLOCK_SIZE: gl.constexpr, TILE: gl.constexpr,
-    KEYS: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, FEED_REGISTERS: gl.constexpr, OVERLAP: gl.constexpr,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD: gl.constexpr, BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr,
+    STAGES: gl.constexpr, SLOTS: gl.constexpr, FEED_REGISTERS: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """All items of one program. Whatever lies in shared memory has a barrier that says when it is there, `full`, and
     one that says when it is done with, `free`."""
     if OVERLAP:
         control("griddepcontrol.launch_dependents;")
-    q_tiles = gl.allocate_shared_memory(q.dtype, [SLOTS, TILE, HEAD], q.layout)
+    MEMBERS: gl.constexpr = q.block_type.shape[0]
+    q_tiles = gl.allocate_shared_memory(q.dtype, [SLOTS, MEMBERS, HEAD], q.layout)
     k_tiles = gl.allocate_shared_memory(q.dtype, [STAGES, KEYS, HEAD], keys.layout)
     v_tiles = gl.allocate_shared_memory(q.dtype, [STAGES, KEYS, HEAD], values.layout)
+    weights_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([MEMBERS, KEYS], q.dtype)
+    weights = gl.allocate_shared_memory(q.dtype, [2, MEMBERS, KEYS], weights_layout)
     items = gl.allocate_shared_memory(gl.int32, [SLOTS, FIELDS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = barriers(SLOTS, 1)
     q_free = barriers(SLOTS, 1)
@@ -97,16 +100,12 @@ def _hopper_decode(
     k_free = barriers(STAGES, 1)
     v_full = barriers(STAGES, 1)
     v_free = barriers(STAGES, 1)
-    nothing = gl.zeros([TILE, HEAD], q.dtype, gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
-    for slot in gl.static_range(SLOTS):
-        q_tiles.index(slot).store(nothing)  # behind the heads: the matrix units take less power for zeros
-    fence_async_shared()
     gl.warp_specialize(
         [
             (attend_rows, (
                 out, seq_lens, means, sizes, arrivals, factor, rows,
-                items, q_tiles, k_tiles, v_tiles, q_full, q_free, k_full, k_free, v_full, v_free,
-                KV_HEADS, GROUP, HEAD, KEYS, STAGES, SLOTS,
+                items, q_tiles, k_tiles, v_tiles, weights, q_full, q_free, k_full, k_free, v_full, v_free,
+                KV_HEADS, GROUP, HEAD, STAGES, SLOTS,
             )),
             (feed_rows, (
                 q, keys, values, tables, seq_lens, rows, table_stride, behind,

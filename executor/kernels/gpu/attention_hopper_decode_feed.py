@@ -68,7 +68,7 @@ def feed_rows(
             post(items, slot, (row, kv_head, tile * KEYS, count, length, first, last))
             mbarrier.expect(q_full.index(slot), MEMBERS * HEAD * SIZE)
             head = (row * KV_HEADS + kv_head) * GROUP
-            copy_async(q, [head, 0], q_full.index(slot), q_tiles.index(slot).slice(0, MEMBERS))
+            copy_async(q, [head, 0], q_full.index(slot), q_tiles.index(slot))
             slot, slot_phase = advance(slot, slot_phase, SLOTS)
             stage, phase = feed_tiles(
                 keys, values, table, tile + early, tile + count, length, kv_head, behind, stage, phase,

@@ -100,7 +100,7 @@ def attend_item(
     mbarrier.wait(v_full.index(stage), phase)
     written = length - start - (tiles - 1) * KEYS
     if written < KEYS:
-        _clean(v_tiles, stage, written)  # where two warpgroups do so it is with the same bytes
+        clean(v_tiles, stage, written)  # where two warpgroups do so it is with the same bytes
     mixing = warpgroup_mma(weights, v_tiles.index(stage), mixed, is_async=True)
     mixed, weights = warpgroup_mma_wait(0, deps=[mixing, weights])
     mbarrier.arrive(v_free.index(stage))
@@ -136,7 +136,7 @@ def _step(
 
 
 @gluon.jit
-def _clean(tiles, stage, written):
+def clean(tiles, stage, written):
     """Zeros in a tile of values for the slots that hold no token yet, from line `written` on: such a slot may hold a
     NaN, which a weight of zero does not take out of a sum."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
