@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 
 from .backends.base import Backend
@@ -28,15 +29,15 @@ ROWS = 2
 
 def compile_first_steps(runner: Runner, spec: ModelSpec, backend: Backend) -> None:
     """Have compiled what steps of `runner` will need first. It must hold no request."""
-    calls = _choices(runner.batch.tensors, spec.vocab_size)
+    calls = _ends_of_steps(runner.batch.tensors, spec.vocab_size)
     if spec.num_heads and runner.kv.layers:
         calls += backend.compile_calls(spec.num_heads, runner.kv.layers[0])
     if calls:
         side_by_side([partial(_tried, call) for call in calls], runner.batch.tensors.token_ids.device)
 
 
-def _choices(tensors: SlotTensors, vocab_size: int) -> list[Callable[[], object]]:
-    """The ways of choosing a token, for the slot that is nobody's."""
+def _ends_of_steps(tensors: SlotTensors, vocab_size: int) -> list[Callable[[], object]]:
+    """Admitting, gathering, and the ways of choosing a token, for the slot that is nobody's."""
     kernels, device = tensors.kernels, tensors.token_ids.device
     if kernels is None:
         return []
@@ -44,7 +45,11 @@ def _choices(tensors: SlotTensors, vocab_size: int) -> list[Callable[[], object]
     slots = torch.full((ROWS,), tensors.scratch, device=device)
     zeros, ones = torch.zeros(ROWS, device=device), torch.ones(ROWS, device=device)
     rows, best, tokens = torch.arange(ROWS, device=device), zeros.clone(), slots.clone()
+    token, no_block = np.zeros(1, np.int32), np.empty(0, np.int32)
+    draws = np.array([[0.0], [1.0], [0.0]], np.float32), np.zeros((2, 1), np.int64)
     return [
+        partial(tensors.admit, np.array([tensors.scratch]), [token], [no_block], *draws),
+        partial(tensors.gather, slots),
         partial(choose, Choice.GREEDY, logits, slots, torch.ones_like(slots), tensors),
         partial(choose, Choice.DRAW, logits, slots, torch.ones_like(slots), tensors),
         partial(kernels.draw, logits, best, tokens, rows, rows, ones, torch.zeros_like(rows), ones, zeros),

@@ -9,6 +9,7 @@ limit of power, where the algorithm that spends the least is the fastest.
 from __future__ import annotations
 
 import logging
+import statistics
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -20,10 +21,12 @@ from torch import Tensor
 from ..kernels.gpu.card import is_hopper, processors
 from ..kernels.gpu.cublaslt import Algorithm, algorithms
 from ..kernels.gpu.failures import LAUNCH_FAILURES
+from ..kernels.gpu.linear_plan import Plan
 from ..kernels.gpu.linear_table import (
     BUCKETS,
     LONG,
     LONG_FROM,
+    MIDDLES,
     Choice,
     LinearTable,
     Product,
@@ -42,8 +45,8 @@ log = logging.getLogger(__name__)
 
 LAUNCHES = 24  # in a graph, on as many different weights as there are
 MEASURED_BYTES = 1 << 30  # of weights, of which no graph reads many more
-FEW_ALGORITHMS, LONG_ALGORITHMS = 6, 8  # of cuBLAS that are measured, the likeliest first
-HEAT_SECONDS, LENGTH_SECONDS = 0.5, 0.2
+FEW_ALGORITHMS, LONG_ALGORITHMS = 6, 6  # of cuBLAS that are measured, the likeliest first
+HEAT_SECONDS, LENGTH_SECONDS, ROUNDS = 0.5, 0.1, 3
 COMPARED = 512  # rows
 EPS = 1e-5
 PATIENCE = 0.02  # seconds for which a piece waits for the compiler
@@ -91,48 +94,44 @@ def tune(
     """Fill `table` with the choice for every operation that `linears` were asked for where it has none yet, for steps
     of up to `most_rows` decode rows, or `most_tokens` tokens. Yields when a piece of that is done, or has been waited
     for long enough; returns how many choices are new."""
-    largest = bucket(most_rows) or BUCKETS[-1]
-    few = list(_trials(linears, table, [rows for rows in BUCKETS if rows <= largest]))
+    wanted = [rows for rows in BUCKETS if rows <= (bucket(most_rows) or BUCKETS[-1])]
+    first = sorted({MIDDLES.get(rows, rows) for rows in wanted})
+    few = list(_trials(linears, table, [*first, *(rows for rows in wanted if rows in MIDDLES)]))
     many = _kinds(linears, table, LONG) if most_tokens >= LONG_FROM else []
     total = len(few) + len(many)
-    yield from _tune_few(few, table, total)
-    rows = min(LONG, most_tokens)
-    for done, kind in enumerate(many, len(few) + 1):
-        yield from _tune_long(_trial(kind, rows), table, done, total)
+    right = yield from _right_plans(few)
+    for done, trial in enumerate(few, 1):
+        _tune_few(trial, right.get(trial.product, []), table)
+        yield Piece("measuring products", done, total)
+    for done, kind in enumerate(many, len(few)):
+        yield from _tune_long(_trial(kind, min(LONG, most_tokens)), table, Piece("measuring products", done, total))
     return total
 
 
-def _tune_few(trials: Sequence[Trial], table: LinearTable, total: int) -> Generator[Piece, None, None]:
-    """Plans and algorithms for steps of few rows."""
-    if not trials:
-        return
-    device = trials[0].x.device
-    attempts: list[Attempt] = []
-    for trial in trials:
-        expected = trial.result(None)  # here: each thread that asks cuBLAS costs workspace for ever
-        attempts += (
-            (trial, expected, plan) for plan in candidates(trial.product, processors(device), is_hopper(device))
-        )
-    right = yield from _right_plans(attempts)
-    for done, trial in enumerate(trials, 1):
-        choices = (None, *right.get(trial.product, []), *_right_algorithms(trial, FEW_ALGORITHMS))
-        seconds: dict[Choice | None, float] = {}
-        for choice in choices:
-            seconds[choice] = seconds_per_launch(trial.launches(choice), LAUNCHES)
-        torch.cuda.empty_cache()  # the graphs' memory
-        _choose(trial.product, seconds, table)
-        yield Piece("measuring products", done, total)
-
-
-def _tune_long(trial: Trial, table: LinearTable, done: int, total: int) -> Generator[Piece, None, None]:
-    """Algorithms for steps of long prompts."""
+def _tune_few(trial: Trial, plans: Sequence[Choice], table: LinearTable) -> None:
+    """Choose for steps of few rows: among `plans`, or the one that was taken where these are measured, and algorithms
+    of cuBLAS."""
+    product = trial.product
+    if product.rows in MIDDLES:
+        taken = table.choices.get(replace(product, rows=MIDDLES[product.rows]))
+        plans = [taken] if isinstance(taken, Plan) else []
     seconds: dict[Choice | None, float] = {}
-    seconds_at_length(trial.launches(None), HEAT_SECONDS)  # a cool card would favour whoever is first
-    for choice in (None, *_right_algorithms(trial, LONG_ALGORITHMS)):
-        seconds[choice] = seconds_at_length(trial.launches(choice), LENGTH_SECONDS)
-        yield Piece("measuring products", done - 1, total)
-    _choose(trial.product, seconds, table)
-    yield Piece("measuring products", done, total)
+    for choice in (None, *plans, *_right_algorithms(trial, FEW_ALGORITHMS)):
+        seconds[choice] = seconds_per_launch(trial.launches(choice), LAUNCHES)
+    torch.cuda.empty_cache()  # the graphs' memory
+    _choose(product, seconds, table)
+
+
+def _tune_long(trial: Trial, table: LinearTable, piece: Piece) -> Generator[Piece, None, None]:
+    """Choose for steps of long prompts. Yields `piece` in between."""
+    choices = (None, *_right_algorithms(trial, LONG_ALGORITHMS))
+    taken: dict[Choice | None, list[float]] = {choice: [] for choice in choices}
+    seconds_at_length(trial.launches(None), HEAT_SECONDS)
+    for _ in range(ROUNDS):  # in turns, since the card's clock changes slowly
+        for choice in choices:
+            taken[choice].append(seconds_at_length(trial.launches(choice), LENGTH_SECONDS))
+            yield piece
+    _choose(trial.product, {choice: statistics.median(times) for choice, times in taken.items()}, table)
 
 
 def _choose(product: Product, seconds: Mapping[Choice | None, float], table: LinearTable) -> None:
@@ -153,8 +152,14 @@ def _right_algorithms(trial: Trial, most: int) -> list[Algorithm]:
     return [one for one in listed if _is_right((trial, expected, one))]
 
 
-def _right_plans(attempts: Sequence[Attempt]) -> Generator[Piece, None, dict[Product, list[Choice]]]:
+def _right_plans(trials: Sequence[Trial]) -> Generator[Piece, None, dict[Product, list[Choice]]]:
     """The plans whose kernels compile and are right. They are compiled by other threads, and waited for in between."""
+    attempts: list[Attempt] = []
+    for trial in trials:
+        device = trial.x.device
+        if plans := candidates(trial.product, processors(device), is_hopper(device)):
+            expected = trial.result(None)  # here: each thread that asks cuBLAS costs workspace for ever
+            attempts += ((trial, expected, plan) for plan in plans)
     pool = ThreadPoolExecutor(min(MOST_THREADS, usable_cores()))
     try:
         futures: dict[Future[bool], Attempt] = {pool.submit(_is_right, attempt): attempt for attempt in attempts}

@@ -34,6 +34,7 @@ OPERATIONS: tuple[Operation, ...] = ("linear", "linear_silu_mul", "linear_add_no
 # Numbers of rows for which there is a choice; each serves those below. Up to 128 rows steps are recorded for so many
 # rows as a plan's tile has; beyond, cuBLAS has tiles for any number, and a plan is slower where rows are missing.
 BUCKETS = (1, 16, 32, 64, 128, *range(144, 257, 16))
+MIDDLES = {144: 160, 176: 160, 192: 160, 208: 224, 240: 224, 256: 224}  # where plans are measured for these
 LONG, LONG_FROM = 8192, 4096  # rows of a long prompt's step that stand for all steps of so many or more
 SHARED_BYTES = 216 << 10  # of the tiles under way on one processor
 KERNELS = ("linear.py", "linear_hopper.py", "linear_table.py", "cublaslt.py")
@@ -67,8 +68,8 @@ def bucket(rows: int) -> int | None:
 def candidates(product: Product, processors: int, hopper: bool) -> list[Plan]:
     """Plans worth measuring on a card with so many `processors`, which are `hopper`'s or not: sums are cut into parts
     while that gives work to idle ones, and not into parts so short that adding them up would cost more. None for long
-    prompts, which are cuBLAS's."""
-    if product.rows == LONG:
+    prompts, which are cuBLAS's, and where the middle one of some numbers of rows stands for all."""
+    if product.rows == LONG or product.rows in MIDDLES:
         return []
     gate = product.operation == "linear_silu_mul"
     width = product.outs // 2 if gate else product.outs

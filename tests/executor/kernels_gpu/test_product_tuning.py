@@ -19,6 +19,7 @@ from fast_inference.executor.kernels.gpu.linear_plan import Plan
 from fast_inference.executor.kernels.gpu.linear_table import (
     LONG,
     LONG_FROM,
+    MIDDLES,
     LinearTable,
     Operation,
     Product,
@@ -135,6 +136,21 @@ def test_algorithms_of_cublas_are_measured_with_the_plans_and_for_long_prompts_a
     assert asked == [1, 16, LONG_FROM]
     chosen = {product.rows: choice for product, choice in table.choices.items()}
     assert chosen == {1: plans_of("linear", 1)[-1], 16: last, LONG: last}
-    assert at_length["seconds"] == 4  # once to warm up, cuBLAS as torch calls it, the two that are right
-    assert (pieces[-1].done, pieces[-1].total) == (3, 3)
+    assert at_length["seconds"] == 1 + 3 * 3  # to warm up; in turns cuBLAS as torch calls it and the two that are right
+    assert (pieces[-1].done, pieces[-1].total) == (2, 3)
     assert not list(backend.tune(2, LONG_FROM))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device, which measures itself")
+def test_beyond_128_rows_plans_are_measured_at_some_numbers_and_the_best_elsewhere(timed: list[int]) -> None:
+    table = LinearTable()
+    backend = TritonBackend(table)
+    layer = backend.linear(torch.randn(OUTS, INS).half() / 16)
+    layer(torch.randn(1, INS).half())
+    few = [Product("linear", rows, OUTS, INS, "float16") for rows in (1, 16, 32, 64, 128)]
+    table.choices.update(dict.fromkeys(few))
+    list(backend.tune(250, 250))
+    best = {product.rows: choice for product, choice in table.choices.items() if product not in few}
+    assert best == {rows: plans_of("linear", MIDDLES.get(rows, rows))[-1] for rows in range(144, 257, 16)}
+    middles = len(plans_of("linear", 160)) + len(plans_of("linear", 224))
+    assert len(timed) == 8 + middles + 6  # cuBLAS each time, the plans at two, the best of them at the others
