@@ -89,7 +89,7 @@ def start(config: EngineConfig, progress: Progress, live: torch.nn.Module | None
     progress("warming up", 0, 0)
     warm_up(runner, config)
     clock.end("warm_up")
-    tuning = backend.tune(config.max_num_seqs, most_tokens(config, device))
+    tuning = backend.tune(config.max_num_seqs, config.max_num_batched_tokens)
     if graphs:  # behind the first steps, which are no hint of what will be wanted
         runner.graphs = make_graphs(model, runner, transfer, tuning)
     else:  # there is no later

@@ -18,8 +18,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..kernels.gpu import cublaslt
 from ..kernels.gpu.card import is_hopper, processors
-from ..kernels.gpu.cublaslt import Algorithm, algorithms
 from ..kernels.gpu.failures import LAUNCH_FAILURES
 from ..kernels.gpu.linear_plan import Plan
 from ..kernels.gpu.linear_table import (
@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 LAUNCHES = 24  # in a graph, on as many different weights as there are
 MEASURED_BYTES = 1 << 30  # of weights, of which no graph reads many more
 FEW_ALGORITHMS, LONG_ALGORITHMS = 6, 6  # of cuBLAS that are measured, the likeliest first
+ALGORITHMS_FROM = 128  # rows: for fewer a plan is faster than any of them
 HEAT_SECONDS, LENGTH_SECONDS, ROUNDS = 0.5, 0.1, 3
 COMPARED = 512  # rows
 EPS = 1e-5
@@ -115,8 +116,9 @@ def _tune_few(trial: Trial, plans: Sequence[Choice], table: LinearTable) -> None
     if product.rows in MIDDLES:
         taken = table.choices.get(replace(product, rows=MIDDLES[product.rows]))
         plans = [taken] if isinstance(taken, Plan) else []
+    algorithms = _right_algorithms(trial, FEW_ALGORITHMS) if product.rows >= ALGORITHMS_FROM else []
     seconds: dict[Choice | None, float] = {}
-    for choice in (None, *plans, *_right_algorithms(trial, FEW_ALGORITHMS)):
+    for choice in (None, *plans, *algorithms):
         seconds[choice] = seconds_per_launch(trial.launches(choice), LAUNCHES)
     torch.cuda.empty_cache()  # the graphs' memory
     _choose(product, seconds, table)
@@ -139,13 +141,13 @@ def _choose(product: Product, seconds: Mapping[Choice | None, float], table: Lin
     log.debug("%s: %s", product, {str(choice): f"{taken * 1e6:.1f} us" for choice, taken in seconds.items()})
 
 
-def _right_algorithms(trial: Trial, most: int) -> list[Algorithm]:
+def _right_algorithms(trial: Trial, most: int) -> list[cublaslt.Algorithm]:
     """Those of cuBLAS that give what its first choice gives."""
     first, count = trial.linears[0], trial.x.shape[0]
     if any(linear.bias is not None for linear in trial.linears):
         return []
     sizes = (first.out_features, first.in_features)
-    listed = algorithms(count, *sizes, first.weight.dtype, first.weight.device, most)
+    listed = cublaslt.algorithms(count, *sizes, first.weight.dtype, first.weight.device, most)
     if not listed:
         return []
     expected = trial.result(None)

@@ -114,7 +114,7 @@ def test_algorithms_of_cublas_are_measured_with_the_plans_and_for_long_prompts_a
 
     def listed(rows: int, outs: int, ins: int, dtype: torch.dtype, device: torch.device, most: int) -> list[Algorithm]:
         asked.append(rows)
-        return [first, wrong, last] if rows > 1 else []
+        return [first, wrong, last]
 
     def multiply(x: torch.Tensor, weight: torch.Tensor, algorithm: Algorithm) -> torch.Tensor:
         return x @ weight.T + (1 if algorithm == wrong else 0)
@@ -126,19 +126,20 @@ def test_algorithms_of_cublas_are_measured_with_the_plans_and_for_long_prompts_a
         return 1.0 / at_length["seconds"]
 
     monkeypatch.setattr(triton_tuning, "seconds_at_length", clock)
-    monkeypatch.setattr(triton_tuning, "algorithms", listed)
+    monkeypatch.setattr(cublaslt, "algorithms", listed)
     monkeypatch.setattr(cublaslt, "multiply", multiply)
-    table = LinearTable()
+    few = [Product("linear", rows, OUTS, INS, "float16") for rows in (16, 32, 64)]
+    table = LinearTable(dict.fromkeys(few))
     backend = TritonBackend(table)
     layer = backend.linear(torch.randn(OUTS, INS).half() / 16)
     layer(torch.randn(1, INS).half())
-    pieces = list(backend.tune(2, LONG_FROM))
-    assert asked == [1, 16, LONG_FROM]
-    chosen = {product.rows: choice for product, choice in table.choices.items()}
-    assert chosen == {1: plans_of("linear", 1)[-1], 16: last, LONG: last}
+    pieces = list(backend.tune(128, LONG_FROM))
+    assert asked == [128, LONG_FROM]  # for one row a plan is faster than any
+    chosen = {product.rows: choice for product, choice in table.choices.items() if product not in few}
+    assert chosen == {1: plans_of("linear", 1)[-1], 128: last, LONG: last}
     assert at_length["seconds"] == 1 + 3 * 3  # to warm up; in turns cuBLAS as torch calls it and the two that are right
     assert (pieces[-1].done, pieces[-1].total) == (2, 3)
-    assert not list(backend.tune(2, LONG_FROM))
+    assert not list(backend.tune(128, LONG_FROM))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device, which measures itself")
