@@ -46,10 +46,9 @@ def attend(
         positions = first_position + row // PACK
         whole = gl.minimum(gl.maximum((first_position + 1) // KEYS, 1), tiles)  # tiles behind them need a mask
         q_tile = q_tiles.index(slot).reshape([2 * ROWS, HEAD]).slice(HALF * ROWS, ROWS)
-        top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-        stage, phase, _, total, mixed = attend_item(
+        stage, phase, total, mixed = _attend_item(
             q_tile, q_free.index(slot), k_tiles, v_tiles, k_full, k_free, v_full, v_free, stage, phase,
-            0, field(item, LENGTH), positions, whole, tiles, top, factor, STAGES,
+            field(item, LENGTH), positions, whole, tiles, factor, STAGES,
         )  # fmt: skip
         _store(out, item, total, mixed, KV_HEADS, GROUP, PACK, HALF)
         slot, slot_phase = advance(slot, slot_phase, SLOTS)
@@ -59,19 +58,17 @@ def attend(
 
 
 @gluon.jit
-def attend_item(
+def _attend_item(
     q_tile, q_free, k_tiles, v_tiles, k_full, k_free, v_full, v_free, stage, phase,
-    start, length, positions, whole, tiles, top, factor, STAGES: gl.constexpr,
+    length, positions, whole, tiles, factor, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Attend with `q_tile` over `tiles` tiles of keys and values, from `stage` on, and let go of the queries.
-
-    The tiles begin with token `start` of a row of `length` tokens, of which line i sees those up to `positions[i]`; all
-    lines see all of the tiles 1 to `whole` - 1. `top`: each line's maximum so far. Returns the stage and phase behind,
-    and of each line the maximum, the sum of its weights, and the weighted sum of values."""
+    """Attend with `q_tile` over the `tiles` tiles of keys and values of `length` tokens, from `stage` on, and let go of
+    the queries. Line i sees the tokens up to `positions[i]`; all lines see all of the tiles 1 to `whole` - 1. Returns
+    the stage and phase behind, and of each line the sum of its weights, and the weighted sum of values."""
     ROWS: gl.constexpr = q_tile.shape[0]
     KEYS: gl.constexpr = k_tiles.shape[1]
     HEAD: gl.constexpr = v_tiles.shape[2]
-    SCORES: gl.constexpr = top.type.layout.parent
+    SCORES: gl.constexpr = positions.type.layout.parent
     MIXED: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HEAD, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, MIXED, 2)
     mbarrier.wait(k_full.index(stage), phase)
@@ -79,33 +76,34 @@ def attend_item(
     scoring = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scoring])
     mbarrier.arrive(k_free.index(stage))
+    top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
     mixed = gl.zeros([ROWS, HEAD], gl.float32, MIXED)
-    exact, top, total, _ = _weigh(_masked(scores, start, positions), top, total, factor)
+    exact, top, total, _ = _weigh(_masked(scores, 0, positions), top, total, factor)
     weights = gl.convert_layout(exact.to(q_tile.dtype), WEIGHTS)
     tile = 1
     while tile < whole:
         stage, phase, weights, top, total, mixed = _step(
-            q_tile, k_tiles, v_tiles, k_full, k_free, v_full, v_free, stage, phase, start + tile * KEYS, positions,
+            q_tile, k_tiles, v_tiles, k_full, k_free, v_full, v_free, stage, phase, tile * KEYS, positions,
             weights, top, total, mixed, factor, ROWS, KEYS, STAGES, False,
         )  # fmt: skip
         tile += 1
     while tile < tiles:
         stage, phase, weights, top, total, mixed = _step(
-            q_tile, k_tiles, v_tiles, k_full, k_free, v_full, v_free, stage, phase, start + tile * KEYS, positions,
+            q_tile, k_tiles, v_tiles, k_full, k_free, v_full, v_free, stage, phase, tile * KEYS, positions,
             weights, top, total, mixed, factor, ROWS, KEYS, STAGES, True,
         )  # fmt: skip
         tile += 1
     mbarrier.arrive(q_free)  # for the item after the next
     mbarrier.wait(v_full.index(stage), phase)
-    written = length - start - (tiles - 1) * KEYS
+    written = length - (tiles - 1) * KEYS
     if written < KEYS:
         clean(v_tiles, stage, written)  # where two warpgroups do so it is with the same bytes
     mixing = warpgroup_mma(weights, v_tiles.index(stage), mixed, is_async=True)
     mixed, weights = warpgroup_mma_wait(0, deps=[mixing, weights])
     mbarrier.arrive(v_free.index(stage))
     stage, phase = advance(stage, phase, STAGES)
-    return stage, phase, top, total, mixed
+    return stage, phase, total, mixed
 
 
 @gluon.jit
