@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from fast_inference.executor.backends.base import Piece
-from fast_inference.executor.process import StepLoop
+from fast_inference.executor.process import AWAKE_SECONDS, StepLoop
 from fast_inference.protocol.messages import Message, Shutdown, Step, StepResult
 
 
@@ -122,6 +122,31 @@ def test_an_idle_executor_makes_all_recordings_and_then_sleeps(done: bool) -> No
     world = World(1, depth=2, done=done, missing=3)
     assert world.run() == ["launch 1", "finish 1", "record", "record", "record", "wait"]
     assert world.progress_told == [("recording steps", n, 3) for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("depth", "awake"), [(2, AWAKE_SECONDS), (1, 0.0)], ids=("device", "CPU"))
+def test_the_executor_of_a_device_looks_for_more_work_for_a_while_before_it_sleeps(
+    depth: int, awake: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, now, answered, slept = World(1, depth), [0.0], [0.0], [0.0]
+    receive, send, wait = world.receive, world.send, world.wait
+
+    def timed_receive() -> tuple[str, Step] | None:
+        now[0] += 0.0001
+        return receive()
+
+    def timed_send(message: Message) -> bool:
+        answered[0] = now[0]
+        return send(message)
+
+    def timed_wait(sockets: object, seconds: float) -> None:
+        slept[0] = now[0]
+        wait(sockets, seconds)
+
+    monkeypatch.setattr("fast_inference.executor.process.time.monotonic", lambda: now[0])
+    world.receive, world.send, world.wait = timed_receive, timed_send, timed_wait  # type: ignore[method-assign]
+    world.run()
+    assert awake <= slept[0] - answered[0] < awake + 0.001
 
 
 def test_under_load_only_wanted_recordings_are_made_and_steps_have_most_of_the_time(
