@@ -16,15 +16,13 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from ...backends.base import KVLayer, StepBatch
-from .attention_hopper_feed import FIELDS, feed
+from .attention_hopper_feed import feed, handover
 from .attention_hopper_rows import attend
 from .attention_tiles import score_factors
 from .card import processors
 from .hopper_copies import can_copy, copied, copied_pages
-from .hopper_language import barriers
 from .sizes import power_of_two
 
 ROWS = 128  # of a tile of queries
@@ -89,19 +87,11 @@ def _hopper_prefill(
     TILE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
     REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """All items of one program. Whatever lies in shared memory has a barrier that says when it is there, `full`, and
-    one that says when both warpgroups are done with it, `free`."""
+    """All items of one program."""
     q_tiles = gl.allocate_shared_memory(q.dtype, [SLOTS, TILE // PACK, PACK, HEAD], q.layout)
     k_tiles = gl.allocate_shared_memory(q.dtype, [STAGES, KEYS, HEAD], keys.layout)
     v_tiles = gl.allocate_shared_memory(q.dtype, [STAGES, KEYS, HEAD], values.layout)
-    items = gl.allocate_shared_memory(gl.int32, [SLOTS, FIELDS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    q_full = barriers(SLOTS, 1)
-    q_free = barriers(SLOTS, 2)
-    k_full = barriers(STAGES, 1)
-    k_free = barriers(STAGES, 2)
-    v_full = barriers(STAGES, 1)
-    v_free = barriers(STAGES, 2)
-    fence_async_shared()
+    items, q_full, q_free, k_full, k_free, v_full, v_free = handover(SLOTS, STAGES, 2)
     gl.warp_specialize(
         [
             (attend, (

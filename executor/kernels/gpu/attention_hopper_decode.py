@@ -21,11 +21,11 @@ from triton.experimental.gluon import language as gl
 from ...backends.base import KVLayer, StepBatch
 from .attention_hopper_decode_feed import feed_rows
 from .attention_hopper_decode_rows import attend_rows
-from .attention_hopper_feed import FIELDS
+from .attention_hopper_feed import handover
 from .attention_tiles import score_factors
 from .card import processors
 from .hopper_copies import can_copy, copied, copied_pages
-from .hopper_language import barriers, control
+from .hopper_language import control
 from .overlap import overlapped
 from .sizes import power_of_two
 
@@ -83,8 +83,7 @@ def _hopper_decode(
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD: gl.constexpr, BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr,
     STAGES: gl.constexpr, SLOTS: gl.constexpr, FEED_REGISTERS: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    """All items of one program. Whatever lies in shared memory has a barrier that says when it is there, `full`, and
-    one that says when it is done with, `free`."""
+    """All items of one program."""
     if OVERLAP:
         control("griddepcontrol.launch_dependents;")
     MEMBERS: gl.constexpr = q.block_type.shape[0]
@@ -93,13 +92,7 @@ def _hopper_decode(
     v_tiles = gl.allocate_shared_memory(q.dtype, [STAGES, KEYS, HEAD], values.layout)
     weights_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([MEMBERS, KEYS], q.dtype)
     weights = gl.allocate_shared_memory(q.dtype, [2, MEMBERS, KEYS], weights_layout)
-    items = gl.allocate_shared_memory(gl.int32, [SLOTS, FIELDS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    q_full = barriers(SLOTS, 1)
-    q_free = barriers(SLOTS, 1)
-    k_full = barriers(STAGES, 1)
-    k_free = barriers(STAGES, 1)
-    v_full = barriers(STAGES, 1)
-    v_free = barriers(STAGES, 1)
+    items, q_full, q_free, k_full, k_free, v_full, v_free = handover(SLOTS, STAGES, 1)
     gl.warp_specialize(
         [
             (attend_rows, (

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from .attention_prefill import first_tile, row_of_tile
 from .hopper_copies import CHUNK
-from .hopper_language import copy_async
+from .hopper_language import barriers, copy_async
 
 # What is said of an item, in the order in which it is posted.
 ROW_START = gl.constexpr(0)  # index of the row's first token among those of the step
@@ -24,6 +24,21 @@ LENGTH = gl.constexpr(3)  # and in all
 KV_HEAD = gl.constexpr(4)
 TILES = gl.constexpr(5)  # of keys; none: this is the end
 FIELDS = gl.constexpr(8)
+
+
+@gluon.jit
+def handover(SLOTS: gl.constexpr, STAGES: gl.constexpr, READERS: gl.constexpr):
+    """Where items are posted, and the barriers of queries, keys and values: for each, those that say when it is there,
+    `full`, and those that say when `READERS` warpgroups are done with it, `free`. The engine for copies sees them."""
+    items = gl.allocate_shared_memory(gl.int32, [SLOTS, FIELDS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_full = barriers(SLOTS, 1)
+    q_free = barriers(SLOTS, READERS)
+    k_full = barriers(STAGES, 1)
+    k_free = barriers(STAGES, READERS)
+    v_full = barriers(STAGES, 1)
+    v_free = barriers(STAGES, READERS)
+    fence_async_shared()
+    return items, q_full, q_free, k_full, k_free, v_full, v_free
 
 
 @gluon.jit

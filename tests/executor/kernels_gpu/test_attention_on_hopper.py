@@ -47,6 +47,10 @@ for head_size, window, soft_cap in ((128, None, None), (64, 100, 30.0)):
 for name, variants in compiled.items():
     assert all(kernel.metadata.shared <= SHARED_MEMORY and kernel.asm["cubin"] for kernel in variants), name
     print(name, len(variants))
+for name in ("_hopper_decode", "_hopper_prefill"):  # the engine for copies must see the barriers as they were made
+    for kernel in compiled[name]:
+        made = kernel.asm["ptx"].rsplit("mbarrier.init", 1)[1].split("cp.async.bulk", 1)[0]
+        assert "fence.proxy.async" in made, name
 """
 
 
