@@ -34,7 +34,7 @@ class HopperKernel:
 
     rows: str  # that it attends, for the log
     attend: Callable[[Tensor, KVLayer, StepBatch, float, Tensor], None]
-    usual: Callable[[Tensor, KVLayer, StepBatch, float, Tensor], None]
+    usual: Callable[..., None]
     fits: Callable[[Tensor, KVLayer, int | None, float | None], bool]
     pays: Callable[[Tensor, KVLayer, StepBatch], bool]
 

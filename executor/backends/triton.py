@@ -26,7 +26,7 @@ from ..kernels.gpu.norm import add_rms_norm, rms_norm
 from ..kernels.gpu.rope import rope_and_cache, write_kv
 from ..kernels.gpu.silu import silu_mul
 from .base import KVLayer, Linear, Piece, StepBatch
-from .hopper_attention import DECODES, PROMPTS, HopperAttention
+from .hopper_attention import DECODES, PROMPTS, HopperAttention, HopperKernel
 from .torch import TorchBackend
 from .triton_linear import TritonLinear
 from .triton_tuning import FAILURES, tune
@@ -144,29 +144,37 @@ class TritonBackend(TorchBackend):
             return super().attention(q, kv, batch, scale, window, soft_cap)
         q = q.contiguous()
         out = q.new_empty((q.shape[0], q.shape[1] * q.shape[2]))
-        kind = (q.dtype, q.shape[1:], kv.keys.shape[1:], bool(window), bool(soft_cap))
         if batch.num_decodes:
-            *to_compile, usual = self._splits("decode", kind, q.is_cuda)
-            for splits in to_compile:
-                decode_attention(q, kv, batch, scale, out, window, soft_cap, splits)
-            if self._hopper.takes(DECODES, q, kv, batch, scale, window, soft_cap):
-                DECODES.attend(q, kv, batch, scale, out)
-            else:
-                decode_attention(q, kv, batch, scale, out, window, soft_cap, usual)
+            self._attend(DECODES, q, kv, batch, scale, out, window, soft_cap)
         if batch.num_decodes < batch.seq_lens.shape[0]:
-            *to_compile, usual = self._splits("prefill", kind, q.is_cuda)
-            for splits in to_compile:
-                prefill_attention(q, kv, batch, scale, out, window, soft_cap, splits)
-            if self._hopper.takes(PROMPTS, q, kv, batch, scale, window, soft_cap):
-                PROMPTS.attend(q, kv, batch, scale, out)
-            else:
-                prefill_attention(q, kv, batch, scale, out, window, soft_cap, usual)
+            self._attend(PROMPTS, q, kv, batch, scale, out, window, soft_cap)
         return out
 
-    def _splits(self, kernel: str, kind: object, compiles: bool) -> tuple[int | None, ...]:
-        """How a kernel is to cut its rows: as it likes, but the first time also in one part and in two, which are
-        compiled apart: no later step waits for the compiler."""
-        if not compiles or (kernel, kind) in self._compiled:
+    def _attend(
+        self,
+        kernel: HopperKernel,
+        q: Tensor,
+        kv: KVLayer,
+        batch: StepBatch,
+        scale: float,
+        out: Tensor,
+        window: int | None,
+        soft_cap: float | None,
+    ) -> None:
+        """The rows that are `kernel`'s, by it or by the one whose place it takes."""
+        kind = (q.dtype, q.shape[1:], kv.keys.shape[1:], bool(window), bool(soft_cap))
+        *to_compile, usual = self._splits(kernel.rows, kind, q.is_cuda)
+        for splits in to_compile:
+            kernel.usual(q, kv, batch, scale, out, window, soft_cap, splits)
+        if self._hopper.takes(kernel, q, kv, batch, scale, window, soft_cap):
+            kernel.attend(q, kv, batch, scale, out)
+        else:
+            kernel.usual(q, kv, batch, scale, out, window, soft_cap, usual)
+
+    def _splits(self, rows: str, kind: object, compiles: bool) -> tuple[int | None, ...]:
+        """How the kernel of such rows is to cut them: as it likes, but the first time also in one part and in two,
+        which are compiled apart: no later step waits for the compiler."""
+        if not compiles or (rows, kind) in self._compiled:
             return (None,)
-        self._compiled.add((kernel, kind))
+        self._compiled.add((rows, kind))
         return (1, 2, None)

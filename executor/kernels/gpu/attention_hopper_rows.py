@@ -82,18 +82,14 @@ def _attend_item(
     exact, top, total, _ = _weigh(_masked(scores, 0, positions), top, total, factor)
     weights = gl.convert_layout(exact.to(q_tile.dtype), WEIGHTS)
     tile = 1
-    while tile < whole:
-        stage, phase, weights, top, total, mixed = _step(
-            q_tile, k_tiles, v_tiles, k_full, k_free, v_full, v_free, stage, phase, tile * KEYS, positions,
-            weights, top, total, mixed, factor, ROWS, KEYS, STAGES, False,
-        )  # fmt: skip
-        tile += 1
-    while tile < tiles:
-        stage, phase, weights, top, total, mixed = _step(
-            q_tile, k_tiles, v_tiles, k_full, k_free, v_full, v_free, stage, phase, tile * KEYS, positions,
-            weights, top, total, mixed, factor, ROWS, KEYS, STAGES, True,
-        )  # fmt: skip
-        tile += 1
+    for MASKED in gl.static_range(2):
+        end = tiles if MASKED else whole
+        while tile < end:
+            stage, phase, weights, top, total, mixed = _step(
+                q_tile, k_tiles, v_tiles, k_full, k_free, v_full, v_free, stage, phase, tile * KEYS, positions,
+                weights, top, total, mixed, factor, ROWS, KEYS, STAGES, MASKED,
+            )  # fmt: skip
+            tile += 1
     mbarrier.arrive(q_free)  # for the item after the next
     mbarrier.wait(v_full.index(stage), phase)
     written = length - (tiles - 1) * KEYS
