@@ -73,10 +73,16 @@ class SlotTensors:
     ) -> None:
         """The known tokens and the blocks of newly taken `slots` [A], and how they draw: `floats` [3, A] temperature,
         top_p, min_p; `integers` [2, A] top_k, seed."""
-        if self.kernels is not None:
-            self._admit_by_kernel(slots, token_rows, block_rows, floats, integers)
-            return
         known, held = [len(row) for row in token_rows], [len(row) for row in block_rows]
+        if self.kernels is not None:
+            # One copy and one launch: after a pause the processor's caches are cold, and each call counts.
+            places = [0, *itertools.accumulate(known + held)]
+            numbers = np.array((slots, places[: len(slots)], known, places[len(slots) : -1], held, *integers), np.int64)
+            words = [part.reshape(-1).view(np.int32) for part in (numbers, floats)]
+            (packed,) = self._transfer.up(np.concatenate((*words, *token_rows, *block_rows)))
+            kept = (self.token_ids, self.lengths, self.block_tables, self._draw_floats, self._draw_integers)
+            self.kernels.admit(packed, len(slots), max(known + held), *kept)
+            return
         where, new_lengths, new_floats, new_integers, new_tokens, new_blocks = self._transfer.up(
             slots, np.array(known), floats, integers, np.concatenate(token_rows), np.concatenate(block_rows)
         )
@@ -88,26 +94,6 @@ class SlotTensors:
         if not self._transfer.shared:
             for slot, row in zip(slots.tolist(), torch.split(new_blocks, held), strict=True):
                 self.block_tables[slot, : len(row)] = row
-
-    def _admit_by_kernel(
-        self,
-        slots: Int,
-        token_rows: list[NDArray[np.int32]],
-        block_rows: list[NDArray[np.int32]],
-        floats: Float,
-        integers: Int,
-    ) -> None:
-        """The same by one copy and one launch: after a pause the processor's caches are cold, and each call counts."""
-        parts = [*token_rows, *block_rows]
-        lengths = [len(part) for part in parts]
-        places = [0, *itertools.accumulate(lengths)]
-        known, held = lengths[: len(slots)], lengths[len(slots) :]
-        rows = np.array((slots, places[: len(slots)], known, places[len(slots) : -1], held, *integers), np.int64)
-        (packed,) = self._transfer.up(
-            np.concatenate((rows.reshape(-1).view(np.int32), floats.reshape(-1).view(np.int32), *parts))
-        )
-        kept = (self.token_ids, self.lengths, self.block_tables, self._draw_floats, self._draw_integers)
-        self.kernels.admit(packed, len(slots), max(lengths), *kept)
 
     def grow(self, slots: Int, columns: Int, blocks: NDArray[np.int32]) -> None:
         """Blocks at (`slots`[i], `columns`[i]) of the tables. On a CPU the host's table has them already."""
