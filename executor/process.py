@@ -83,8 +83,8 @@ class StepLoop:
         self._depth = depth
         self._pending: deque[Pending] = deque()
         self._outbox: deque[Message] = deque()
-        self._patience = 0.0  # until when to look for another step, with one under way
-        self._awake = 0.0  # and with none
+        self._awake_seconds = AWAKE_SECONDS if depth > 1 else 0.0
+        self._stirred = 0.0  # when a step last came, or was answered, which asks for another
         self._next_preparation = 0.0  # under load, not before then
         self._recording_began = 0.0
 
@@ -98,14 +98,14 @@ class StepLoop:
             self._flush()
             if len(self._pending) < self._depth and (step := self._next_step()) is not None:
                 self._pending.append(self._runner.launch(step))
-                self._be_patient()
+                self._stirred = time.monotonic()
             elif self._pending:
                 if self._must_finish():
                     self._finish_oldest()
                     self._prepare_if_wanted()
             elif (recordings := self._recordings()) is not None:
                 self._prepare(recordings)
-            elif time.monotonic() >= self._awake:
+            elif time.monotonic() >= self._stirred + self._awake_seconds:
                 self._wire.wait(self._watched, IDLE_SECONDS)
 
     def send(self, message: Message) -> None:
@@ -116,18 +116,14 @@ class StepLoop:
     def _must_finish(self) -> bool:
         """Whether there is nothing better to do than to answer the oldest step. While the device is busy with it,
         another step may still come and be launched behind it; one that has not come soon will not."""
-        return len(self._pending) == self._depth or self._pending[0].done() or time.monotonic() > self._patience
-
-    def _be_patient(self) -> None:
-        """Look for the next step for a while: one has just come, or been asked for by a result."""
-        self._patience = time.monotonic() + SPIN_SECONDS
+        if len(self._pending) == self._depth or self._pending[0].done():
+            return True
+        return time.monotonic() > self._stirred + SPIN_SECONDS
 
     def _finish_oldest(self) -> None:
         recordings = self._recordings()
         self.send(self._pending.popleft().finish(0 if recordings is None else recordings.missing))
-        self._be_patient()
-        if self._depth > 1:  # a device's, which computes nothing on this processor
-            self._awake = time.monotonic() + AWAKE_SECONDS
+        self._stirred = time.monotonic()
 
     def _prepare_if_wanted(self) -> None:
         """Between steps, make a recording only where a step has missed it, and not too often."""
