@@ -34,15 +34,7 @@ def seconds_per_launch(launches: Sequence[Callable[[], Tensor]], least: int) -> 
             for launch in launches:
                 launch()
     graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times) / (rounds * len(launches))
+    return statistics.median(_seconds([graph.replay]) for _ in range(REPLAYS)) / (rounds * len(launches))
 
 
 def seconds_at_length(launches: Sequence[Callable[[], Tensor]], seconds: float) -> float:
@@ -51,16 +43,22 @@ def seconds_at_length(launches: Sequence[Callable[[], Tensor]], seconds: float) 
     times: list[float] = []
     began = now = time.monotonic()
     while not times or now - began < seconds:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for launch in launches:
-            launch()
-        end.record()
-        end.synchronize()
+        taken = _seconds(launches)
         now = time.monotonic()
         if now - began > SETTLED * seconds:
-            times.append(start.elapsed_time(end) / 1e3)
+            times.append(taken)
     return statistics.fmean(times) / len(launches)
+
+
+def _seconds(launches: Sequence[Callable[[], object]]) -> float:
+    """What the device takes for all of them, waited for."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for launch in launches:
+        launch()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
 
 
 @cache

@@ -97,15 +97,20 @@ def tune(
     for long enough; returns how many choices are new."""
     wanted = [rows for rows in BUCKETS if rows <= (bucket(most_rows) or BUCKETS[-1])]
     first = sorted({MIDDLES.get(rows, rows) for rows in wanted})
-    few = list(_trials(linears, table, [*first, *(rows for rows in wanted if rows in MIDDLES)]))
-    many = _kinds(linears, table, LONG) if most_tokens >= LONG_FROM else []
+    few = [
+        _trial(product, alike, rows)
+        for rows in (*first, *(rows for rows in wanted if rows in MIDDLES))
+        for product, alike in _unmeasured(linears, table, rows)
+    ]
+    many = list(_unmeasured(linears, table, LONG)) if most_tokens >= LONG_FROM else []
     total = len(few) + len(many)
     right = yield from _right_plans(few)
     for done, trial in enumerate(few, 1):
         _tune_few(trial, right.get(trial.product, []), table)
         yield Piece("measuring products", done, total)
-    for done, kind in enumerate(many, len(few)):
-        yield from _tune_long(_trial(kind, min(LONG, most_tokens)), table, Piece("measuring products", done, total))
+    for done, (product, alike) in enumerate(many, len(few)):
+        trial = _trial(product, alike, min(LONG, most_tokens))
+        yield from _tune_long(trial, table, Piece("measuring products", done, total))
     return total
 
 
@@ -178,16 +183,10 @@ def _right_plans(trials: Sequence[Trial]) -> Generator[Piece, None, dict[Product
     return right
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """Layers that are alike, and an operation that they were asked for."""
-
-    product: Product
-    linears: Sequence[TritonLinear]
-
-
-def _kinds(linears: Sequence[TritonLinear], table: LinearTable, rows: int) -> list[_Kind]:
-    """Those that `table` has nothing about at `rows` rows."""
+def _unmeasured(
+    linears: Sequence[TritonLinear], table: LinearTable, rows: int
+) -> Iterator[tuple[Product, Sequence[TritonLinear]]]:
+    """What `linears` were asked for and `table` has nothing about at `rows` rows, each with the layers that were."""
     found: dict[Product, list[TritonLinear]] = {}
     for linear in linears:
         weight = linear.weight
@@ -195,21 +194,15 @@ def _kinds(linears: Sequence[TritonLinear], table: LinearTable, rows: int) -> li
             for operation in sorted(linear.asked):
                 product = Product(operation, rows, *weight.shape, str(weight.dtype).removeprefix("torch."))
                 found.setdefault(product, []).append(linear)
-    return [_Kind(product, alike) for product, alike in found.items() if product not in table.choices]
+    return ((product, alike) for product, alike in found.items() if product not in table.choices)
 
 
-def _trials(linears: Sequence[TritonLinear], table: LinearTable, buckets: Sequence[int]) -> Iterator[Trial]:
-    for rows in buckets:
-        for kind in _kinds(linears, table, rows):
-            yield _trial(kind, rows)
-
-
-def _trial(kind: _Kind, rows: int) -> Trial:
+def _trial(product: Product, linears: Sequence[TritonLinear], rows: int) -> Trial:
     """Random inputs of `rows` rows."""
-    weight = kind.linears[0].weight
+    weight = linears[0].weight
     outs, ins = weight.shape
     x, residual = (torch.randn(rows, size, device=weight.device, dtype=weight.dtype) for size in (ins, outs))
-    return Trial(kind.product, kind.linears, x, residual, torch.ones(outs, device=weight.device, dtype=weight.dtype))
+    return Trial(product, linears, x, residual, torch.ones(outs, device=weight.device, dtype=weight.dtype))
 
 
 def _is_right(attempt: Attempt) -> bool:
