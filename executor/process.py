@@ -31,7 +31,7 @@ LINK_HWM = 64  # the scheduler keeps at most `run_ahead` steps in flight, so nei
 IDLE_SECONDS = 0.5  # how long an idle executor sleeps between two looks at the clock
 SPIN_SECONDS = 0.002  # how long to look for another step while the device is busy with the last, before waiting for it
 # How long the executor of a device looks for more work before it sleeps: a client that asks again at once finds it
-# awake, and the processor's caches as they were, without which the same launch takes twice as long.
+# awake, and the processor's caches as they were, without which the same launch takes longer.
 AWAKE_SECONDS = 0.01
 WORK_SHARE = 2.0  # under load, between two recordings steps get so many times as long as the first of them took
 
